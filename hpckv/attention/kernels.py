@@ -1,0 +1,79 @@
+"""Attention of given queries over given keys with its log-sum-exp, and the merge of partial results.
+
+Shapes: B independent problems, N heads, R query rows, L keys, H head size. Keys may be expanded views (stride 0
+over heads): nothing here copies them.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+
+def attend_with_lse(
+    q_BNRH: torch.Tensor,
+    k_BNLH: torch.Tensor,
+    v_BNLH: torch.Tensor,
+    *,
+    scale: float,
+    softcap: float | None = None,
+    mask: torch.Tensor | None = None,
+    is_causal: bool = False,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Softmax attention, (B, N, R, H) in q's dtype, and the log-sum-exp of its scores, (B, N, R) in fp32.
+
+    `mask` is additive, in q's dtype, broadcast to (B, N, R, L); `is_causal` is for square problems.
+    """
+    if softcap is None and q_BNRH.device.type == "cpu":
+        flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+        out, lse = flash(q_BNRH, k_BNLH, v_BNLH, 0.0, is_causal, attn_mask=mask, scale=scale)
+        return out, lse
+    if softcap is None and q_BNRH.device.type == "cuda" and q_BNRH.shape[-1] % 8 == 0 and mask is None:
+        efficient = torch.ops.aten._scaled_dot_product_efficient_attention
+        out, lse, *_ = efficient(q_BNRH, k_BNLH, v_BNLH, None, True, 0.0, is_causal, scale=scale)
+        return out, lse[..., : q_BNRH.shape[2]]  # the kernel pads rows
+    return _plain(q_BNRH, k_BNLH, v_BNLH, scale, softcap, mask, is_causal)
+
+
+def _plain(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    scale: float,
+    softcap: float | None,
+    mask: torch.Tensor | None,
+    is_causal: bool,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    scores = torch.matmul(q.float() * scale, k.float().transpose(-1, -2))
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
+    if is_causal:
+        hidden = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).triu(1)
+        scores = scores.masked_fill(hidden, -math.inf)
+    if mask is not None:
+        scores = scores + mask
+    lse = scores.logsumexp(-1)
+    return torch.matmul((scores - lse[..., None]).exp(), v.float()).to(q.dtype), lse
+
+
+class Merger:
+    """Partial attention results of rows, merged by log-sum-exp.
+
+    A row may get any number of partials over disjoint keys; their softmax over the union is
+    sum(exp(lse_i - lse) * out_i) with lse = log sum exp lse_i.
+    """
+
+    def __init__(self, like_TNH: torch.Tensor):
+        num_rows, num_heads, _ = like_TNH.shape
+        self.out_TNH = torch.zeros(like_TNH.shape, dtype=torch.float32, device=like_TNH.device)
+        self.lse_TN = torch.full((num_rows, num_heads), -math.inf, device=like_TNH.device)
+
+    def add(self, rows: torch.Tensor | slice, out_RNH: torch.Tensor, lse_RN: torch.Tensor) -> None:
+        """Merge one partial of `rows`; a row stands at most once in `rows`."""
+        before = self.lse_TN[rows]
+        after = torch.logaddexp(before, lse_RN)
+        merged = self.out_TNH[rows] * (before - after).exp()[..., None]
+        merged += out_RNH.float() * (lse_RN - after).exp()[..., None]
+        self.out_TNH[rows] = merged
+        self.lse_TN[rows] = after

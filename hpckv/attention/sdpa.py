@@ -1,0 +1,285 @@
+"""The fast backend, on torch's own kernels: runs everywhere.
+
+A step is cut into a few large problems, each one kernel call a layer:
+
+    shared   rows of several sequences over prefix pages they share: read once for the group
+    past     a prefill chunk over the pages before it, in full
+    own      a prefill chunk over itself, causal
+    tail     decode rows over what is left of their sequences, padded into one batch
+    masked   a prefill chunk in a layer whose sliding window is shorter than what lies before it
+
+A row's partial results are merged by log-sum-exp. Keys that lie in consecutive pages are read in place.
+
+Shapes: T packed tokens, N heads, K KV heads, G = N / K, H head size, X pool slots, L keys, B problems, R rows.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+
+from hpckv.attention.backend import AttentionBackend, AttentionPlan, HeadShape, SequenceChunk
+from hpckv.attention.kernels import Merger, attend_with_lse
+from hpckv.attention.sharing import find_shared_runs
+
+LONG_TAIL_TOKENS = 192
+"""Decode tails at least this long, if their pages are consecutive, are attended in place one by one; shorter
+ones are gathered into one padded batch (measured on two AMX cores: a call costs what copying ~200 tokens does)."""
+
+Rows = torch.Tensor | slice
+Slots = torch.Tensor | slice
+
+
+@dataclass(frozen=True)
+class Full:
+    """Every row attends every slot."""
+
+    rows: Rows
+    slots: Slots
+
+
+@dataclass(frozen=True)
+class Causal:
+    """B equally long chunks, each over its own tokens."""
+
+    rows: Rows
+    slots: Slots
+    num_chunks: int
+
+
+@dataclass(frozen=True)
+class Padded:
+    """One row a problem, over its own slots; `mask_BL` is 0 or -inf."""
+
+    rows_B: torch.Tensor
+    slots_BL: torch.Tensor
+    mask_BL: torch.Tensor
+
+
+@dataclass(frozen=True)
+class Masked:
+    """Rows over slots with a mask (R, L) of 0 and -inf."""
+
+    rows: Rows
+    slots: Slots
+    mask_RL: torch.Tensor
+
+
+Problem = Full | Causal | Padded | Masked
+
+
+@dataclass
+class SdpaPlan:
+    """The problems of a step for each sliding window; None is full attention."""
+
+    num_rows: int
+    problems: dict[int | None, list[Problem]] = field(default_factory=dict)
+
+
+class SdpaBackend(AttentionBackend):
+    """Throughput first; results do not depend on batch mates beyond rounding."""
+
+    def __init__(self, *, block_tokens: int, device: torch.device, shares_prefixes: bool = True):
+        self.block_tokens = block_tokens
+        self.device = device
+        self.shares_prefixes = shares_prefixes
+
+    def plan(self, chunks: Sequence[SequenceChunk], windows: frozenset[int | None]) -> SdpaPlan:
+        plan = SdpaPlan(num_rows=sum(c.num_tokens for c in chunks))
+        longest = max(c.end for c in chunks)
+        full = self._plan_full(chunks)
+        for window in windows:
+            binds = window is not None and longest > window
+            plan.problems[window] = self._plan_window(chunks, window) if binds and window else full
+        return plan
+
+    def attend(
+        self,
+        q_TNH: torch.Tensor,
+        keys_XKH: torch.Tensor,
+        values_XKH: torch.Tensor,
+        plan: AttentionPlan,
+        shape: HeadShape,
+    ) -> torch.Tensor:
+        assert isinstance(plan, SdpaPlan)
+        problems = plan.problems[shape.window]
+        step = _Step(q_TNH, keys_XKH, values_XKH, shape)
+        if len(problems) == 1:  # then it has every row, in order
+            return step.solve(problems[0])[1]
+        merger = Merger(q_TNH)
+        for problem in problems:
+            merger.add(*step.solve(problem))
+        return merger.out_TNH.to(q_TNH.dtype)
+
+    def _plan_full(self, chunks: Sequence[SequenceChunk]) -> list[Problem]:
+        problems: list[Problem] = []
+        first_rows = _first_rows(chunks)
+        runs, covered = [], [0] * len(chunks)
+        if self.shares_prefixes:
+            runs, covered = find_shared_runs(chunks, self.block_tokens)
+        for run in runs:
+            rows = [r for m in run.members for r in range(first_rows[m], first_rows[m] + chunks[m].num_tokens)]
+            slots = self._slots(chunks[run.members[0]].pages, run.first * self.block_tokens, run.last * self.block_tokens)
+            problems.append(Full(self._as_rows(rows), slots))
+
+        own: dict[int, list[int]] = defaultdict(list)
+        tails: list[tuple[int, int, int]] = []
+        for i, chunk in enumerate(chunks):
+            first = covered[i] * self.block_tokens
+            row = first_rows[i]
+            if chunk.num_tokens == 1:
+                tails.append((i, first, chunk.end))
+                continue
+            own[chunk.num_tokens].append(i)
+            if first < chunk.start:
+                problems.append(Full(slice(row, row + chunk.num_tokens), self._slots(chunk.pages, first, chunk.start)))
+        for num_tokens, same in own.items():
+            rows = [r for i in same for r in range(first_rows[i], first_rows[i] + num_tokens)]
+            parts = [self._slots(chunks[i].pages, chunks[i].start, chunks[i].end) for i in same]
+            slots = parts[0] if len(parts) == 1 else torch.cat([_as_index(p, self.device) for p in parts])
+            problems.append(Causal(self._as_rows(rows), slots, len(same)))
+        return problems + self._plan_tails(chunks, first_rows, tails)
+
+    def _plan_tails(
+        self, chunks: Sequence[SequenceChunk], first_rows: Sequence[int], tails: Sequence[tuple[int, int, int]]
+    ) -> list[Problem]:
+        """Decode rows: (chunk, first position, end) of what each still has to attend."""
+        problems: list[Problem] = []
+        padded: list[tuple[int, torch.Tensor]] = []
+        for i, first, end in tails:
+            slots = self._slots(chunks[i].pages, first, end)
+            if isinstance(slots, slice) and end - first >= LONG_TAIL_TOKENS:
+                problems.append(Full(slice(first_rows[i], first_rows[i] + 1), slots))
+            else:
+                padded.append((first_rows[i], _as_index(slots, self.device)))
+        if padded:
+            rows = torch.tensor([row for row, _ in padded], device=self.device)
+            slots_BL = torch.nn.utils.rnn.pad_sequence([s for _, s in padded], batch_first=True)
+            lengths = torch.tensor([len(s) for _, s in padded], device=self.device)
+            hidden = torch.arange(slots_BL.shape[1], device=self.device) >= lengths[:, None]
+            mask_BL = torch.zeros(slots_BL.shape, device=self.device).masked_fill_(hidden, -math.inf)
+            problems.append(Padded(rows, slots_BL, mask_BL))
+        return problems
+
+    def _plan_window(self, chunks: Sequence[SequenceChunk], window: int) -> list[Problem]:
+        problems: list[Problem] = []
+        first_rows = _first_rows(chunks)
+        tails = []
+        for i, chunk in enumerate(chunks):
+            first = max(0, chunk.start - window + 1)
+            if chunk.num_tokens == 1:
+                tails.append((i, first, chunk.end))
+                continue
+            query = torch.arange(chunk.start, chunk.end, device=self.device)[:, None]
+            key = torch.arange(first, chunk.end, device=self.device)
+            hidden = (key > query) | (key <= query - window)
+            mask_RL = torch.zeros(hidden.shape, device=self.device).masked_fill_(hidden, -math.inf)
+            rows = slice(first_rows[i], first_rows[i] + chunk.num_tokens)
+            problems.append(Masked(rows, self._slots(chunk.pages, first, chunk.end), mask_RL))
+        return problems + self._plan_tails(chunks, first_rows, tails)
+
+    def _slots(self, pages: Sequence[int], first: int, end: int) -> Slots:
+        """Pool slots of positions [first, end): a slice where the pages are consecutive."""
+        size = self.block_tokens
+        low, high = first // size, -(-end // size)
+        used = pages[low:high]
+        if all(b - a == 1 for a, b in zip(used, used[1:], strict=False)):
+            base = used[0] * size - low * size
+            return slice(base + first, base + end)
+        slots = torch.tensor(used)[:, None] * size + torch.arange(size)
+        return slots.flatten()[first - low * size : end - low * size].to(self.device)
+
+    def _as_rows(self, rows: list[int]) -> Rows:
+        if rows[-1] - rows[0] + 1 == len(rows):
+            return slice(rows[0], rows[-1] + 1)
+        return torch.tensor(rows, device=self.device)
+
+
+@dataclass(frozen=True)
+class _Step:
+    """One layer's tensors while its problems are solved."""
+
+    q_TNH: torch.Tensor
+    keys_XKH: torch.Tensor
+    values_XKH: torch.Tensor
+    shape: HeadShape
+
+    def solve(self, problem: Problem) -> tuple[Rows, torch.Tensor, torch.Tensor]:
+        """(rows, their partial outputs (R, N, H), their log-sum-exps (R, N))."""
+        match problem:
+            case Full(rows, slots):
+                return rows, *self._rows_over_slots(rows, slots, None)
+            case Masked(rows, slots, mask_RL):
+                return rows, *self._rows_over_slots(rows, slots, mask_RL)
+            case Padded(rows_B, slots_BL, mask_BL):
+                return rows_B, *self._padded(rows_B, slots_BL, mask_BL)
+            case Causal(rows):
+                return rows, *self._causal(problem)
+
+    def _rows_over_slots(
+        self, rows: Rows, slots: Slots, mask_RL: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        s = self.shape
+        # The G heads of a KV head become rows, so that its keys are read once.
+        q_RKGH = self.q_TNH[rows].unflatten(1, (s.num_kv_heads, s.group_size))
+        num_rows = q_RKGH.shape[0]
+        q_KXH = q_RKGH.transpose(0, 1).reshape(1, s.num_kv_heads, num_rows * s.group_size, s.head_dim)
+        if mask_RL is not None:
+            mask_RL = mask_RL.to(q_KXH.dtype).repeat_interleave(s.group_size, dim=0)
+        out, lse = attend_with_lse(
+            q_KXH,
+            self.keys_XKH[slots].transpose(0, 1)[None],
+            self.values_XKH[slots].transpose(0, 1)[None],
+            scale=s.scale,
+            softcap=s.softcap,
+            mask=mask_RL,
+        )
+        out_RNH = out[0].unflatten(1, (num_rows, s.group_size)).transpose(0, 1).flatten(1, 2)
+        lse_RN = lse[0].unflatten(1, (num_rows, s.group_size)).transpose(0, 1).flatten(1, 2)
+        return out_RNH, lse_RN
+
+    def _padded(
+        self, rows_B: torch.Tensor, slots_BL: torch.Tensor, mask_BL: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        s = self.shape
+        q_BKGH = self.q_TNH[rows_B].unflatten(1, (s.num_kv_heads, s.group_size))
+        keys, values = (
+            pool.index_select(0, slots_BL.flatten()).unflatten(0, slots_BL.shape).transpose(1, 2)
+            for pool in (self.keys_XKH, self.values_XKH)
+        )
+        mask = mask_BL[:, None, None].to(q_BKGH.dtype)
+        out, lse = attend_with_lse(q_BKGH, keys, values, scale=s.scale, softcap=s.softcap, mask=mask)
+        return out.flatten(1, 2), lse.flatten(1, 2)
+
+    def _causal(self, problem: Causal) -> tuple[torch.Tensor, torch.Tensor]:
+        s = self.shape
+        q_BRKGH = self.q_TNH[problem.rows].unflatten(0, (problem.num_chunks, -1)).unflatten(2, (s.num_kv_heads, -1))
+        q_XGRH = q_BRKGH.permute(0, 2, 3, 1, 4).flatten(0, 1)  # X = B * K
+        keys, values = (
+            pool[problem.slots].unflatten(0, (problem.num_chunks, -1)).transpose(1, 2).flatten(0, 1)[:, None]
+            for pool in (self.keys_XKH, self.values_XKH)
+        )
+        shape = q_XGRH.shape
+        out, lse = attend_with_lse(
+            q_XGRH, keys.expand(shape), values.expand(shape), scale=s.scale, softcap=s.softcap, is_causal=True
+        )
+        out_BRKGH = out.unflatten(0, (problem.num_chunks, -1)).permute(0, 3, 1, 2, 4)
+        lse_BRKG = lse.unflatten(0, (problem.num_chunks, -1)).permute(0, 3, 1, 2)
+        return out_BRKGH.reshape(-1, s.num_heads, s.head_dim), lse_BRKG.reshape(-1, s.num_heads)
+
+
+def _first_rows(chunks: Sequence[SequenceChunk]) -> list[int]:
+    rows, total = [], 0
+    for chunk in chunks:
+        rows.append(total)
+        total += chunk.num_tokens
+    return rows
+
+
+def _as_index(slots: Slots, device: torch.device) -> torch.Tensor:
+    return torch.arange(slots.start, slots.stop, device=device) if isinstance(slots, slice) else slots
+

@@ -1,0 +1,168 @@
+"""Which tokens the next forward computes. Pure bookkeeping without torch: a day of traffic replays in a test.
+
+Each step: every running sequence first (one token in decode, a chunk in prefill), then waiting ones in plan order,
+until the token budget is used. A sequence whose next block another one is computing is held until that block is there.
+When pages run out the sequence that comes last in plan order is preempted: its pages go, its tokens are computed
+again later (mostly found in the cache).
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from hpckv.engine.config import EngineConfig
+from hpckv.engine.request import RunningSequence
+from hpckv.kvcache import CacheManager
+from hpckv.kvcache.cache_manager import Admission
+
+
+@dataclass(frozen=True)
+class ScheduledChunk:
+    """Tokens [start, end) of a sequence; `samples` if the next token follows from them."""
+
+    seq: RunningSequence
+    start: int
+    num_tokens: int
+    samples: bool
+
+    @property
+    def end(self) -> int:
+        return self.start + self.num_tokens
+
+    @classmethod
+    def next_of(cls, seq: RunningSequence, limit: int) -> ScheduledChunk:
+        """As much of what is left of `seq` as `limit` allows."""
+        count = min(seq.num_left, limit)
+        return cls(seq, seq.num_computed, count, seq.num_computed + count == len(seq.tokens))
+
+
+@dataclass
+class StepPlan:
+    """One forward's work, in row order."""
+
+    chunks: list[ScheduledChunk] = field(default_factory=list)
+
+    num_tokens: int = 0
+
+    def add(self, chunk: ScheduledChunk) -> None:
+        self.chunks.append(chunk)
+        self.num_tokens += chunk.num_tokens
+
+
+@dataclass
+class SchedulerStats:
+    """Append-only counters, in tokens unless said."""
+
+    steps: int = 0
+    prefill_tokens: int = 0
+    """Prompt tokens computed, each prefix once."""
+    decode_tokens: int = 0
+    recomputed_tokens: int = 0
+    """Tokens computed again after a preemption."""
+    preemptions: int = 0
+    """Sequences."""
+
+
+class Scheduler:
+    """Owns waiting, held and running sequences."""
+
+    def __init__(self, config: EngineConfig, cache: CacheManager):
+        self.config = config
+        self.cache = cache
+        self.stats = SchedulerStats()
+        self.running: list[RunningSequence] = []
+        self._waiting: list[tuple[tuple[int, int], RunningSequence]] = []
+        self._held: dict[bytes, list[RunningSequence]] = defaultdict(list)
+        self._chunk = config.chunk_tokens or config.max_batch_tokens
+
+    @property
+    def num_unfinished(self) -> int:
+        return len(self.running) + len(self._waiting) + sum(map(len, self._held.values()))
+
+    def add(self, seq: RunningSequence) -> None:
+        heapq.heappush(self._waiting, (seq.order, seq))
+
+    def next_step(self) -> StepPlan:
+        """Choose the next forward's tokens and take their pages. Empty only when nothing is left."""
+        plan = StepPlan()
+        preempted = self.stats.preemptions
+        self._schedule_running(plan)
+        if self.stats.preemptions == preempted:  # else a newcomer would take the pages that were just missing
+            self._schedule_waiting(plan)
+        self.stats.steps += 1
+        return plan
+
+    def complete(self, plan: StepPlan) -> None:
+        """The step was computed: its blocks may be shared now. Call before sampled tokens are appended."""
+        for chunk in plan.chunks:
+            self._count(chunk)
+            self._wake(self.cache.commit(chunk.seq, chunk.end))
+
+    def finish(self, seq: RunningSequence) -> None:
+        """A running sequence is done; its complete blocks stay for others."""
+        self.running.remove(seq)
+        self._wake(self.cache.release(seq))
+
+    def drop_unstarted(self) -> list[RunningSequence]:
+        """Forget everything that is not running (a drain); returns it."""
+        dropped = [seq for _, seq in self._waiting] + [seq for held in self._held.values() for seq in held]
+        self._waiting.clear()
+        self._held.clear()
+        return dropped
+
+    def _schedule_running(self, plan: StepPlan) -> None:
+        for seq in sorted(self.running, key=lambda s: s.order):
+            limit = min(self._chunk, self.config.max_batch_tokens - plan.num_tokens)
+            if limit <= 0:
+                return
+            chunk = ScheduledChunk.next_of(seq, limit)
+            # The victim comes last in order, so it has no chunk in this step yet: at worst it is `seq` itself.
+            while seq in self.running and not self.cache.grow(seq, chunk.end):
+                self._preempt(max(self.running, key=lambda s: s.order))
+            if seq in self.running:
+                plan.add(chunk)
+            else:
+                return
+
+    def _schedule_waiting(self, plan: StepPlan) -> None:
+        while self._waiting and len(self.running) < self.config.max_requests:
+            limit = min(self._chunk, self.config.max_batch_tokens - plan.num_tokens)
+            if limit <= 0:
+                return
+            seq = self._waiting[0][-1]
+            # While something runs, a newcomer must not push out blocks that requests behind it still want.
+            outcome = self.cache.admit(seq, may_evict_wanted=not self.running, reserve=len(self.running))
+            if outcome is Admission.NO_PAGES:
+                return
+            heapq.heappop(self._waiting)
+            if isinstance(outcome, bytes):
+                self._held[outcome].append(seq)
+                continue
+            if not seq.was_admitted:
+                seq.was_admitted = True
+                self.cache.forget_use(seq.keys)
+            self.running.append(seq)
+            plan.add(ScheduledChunk.next_of(seq, limit))
+
+    def _preempt(self, seq: RunningSequence) -> None:
+        self.running.remove(seq)
+        self._wake(self.cache.release(seq))
+        self.stats.preemptions += 1
+        self.add(seq)
+
+    def _wake(self, keys: Sequence[bytes]) -> None:
+        for key in keys:
+            for seq in self._held.pop(key, ()):
+                self.add(seq)
+
+    def _count(self, chunk: ScheduledChunk) -> None:
+        seq = chunk.seq
+        fresh = max(chunk.start, min(chunk.end, seq.highest_computed))
+        in_prompt = max(0, min(chunk.end, seq.num_prompt_tokens) - fresh)
+        self.stats.recomputed_tokens += fresh - chunk.start
+        self.stats.prefill_tokens += in_prompt
+        self.stats.decode_tokens += chunk.end - fresh - in_prompt
+        seq.highest_computed = max(seq.highest_computed, chunk.end)

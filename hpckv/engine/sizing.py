@@ -1,0 +1,97 @@
+"""How many pages there is room for, and under which namespace their blocks are known. No torch tensors are made here."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from hpckv.device import Capability
+from hpckv.device.capability import DTYPES, available_memory_bytes
+from hpckv.engine.config import EngineConfig
+from hpckv.errors import CapabilityError
+from hpckv.kvcache import CacheConfig
+from hpckv.model import ModelConfig
+from hpckv.model.weights import weight_files
+from hpckv.quantity import ByteSize, format_bytes
+from hpckv.store import BlockGeometry, Identity, Namespace, weights_digest
+
+_WORKSPACE = 1.2
+"""A loaded model takes its weights and, while it loads and runs, about a fifth more."""
+
+
+@dataclass(frozen=True)
+class PagePlan:
+    """Pages on the device, the trash page included."""
+
+    geometry: BlockGeometry
+    num_pages: int
+
+    @property
+    def num_usable(self) -> int:
+        return self.num_pages - 1
+
+
+def plan_pages(
+    model: ModelConfig,
+    folder: Path,
+    cache: CacheConfig,
+    device: Capability,
+    dtype: str,
+    max_tokens_in_use: int | None = None,
+) -> PagePlan:
+    """Divide the device's memory; raises `CapabilityError` if model and one page do not fit, before anything is loaded."""
+    weight_files(folder)
+    item = DTYPES[dtype]
+    geometry = BlockGeometry(model.num_kv_heads, model.num_layers, cache.block_tokens, model.head_dim, item)
+    weights = int(model.num_parameters * item * _WORKSPACE)
+    free = device.memory_bytes if device.kind == "cuda" else available_memory_bytes()
+    room = free - weights
+    if isinstance(cache.device_memory, str):
+        wanted = ByteSize.parse(cache.device_memory)
+        if wanted > room:
+            raise CapabilityError(
+                f"cache.device_memory: {wanted} of pages and {format_bytes(weights)} for the model do not fit the "
+                f"{format_bytes(free)} that are free"
+            )
+        room = wanted
+    elif device.kind == "cuda":
+        room = int(free * cache.device_memory) - weights
+    else:
+        room = int(room * cache.device_memory / 2)
+    num_pages = room // geometry.block_bytes
+    if num_pages < 2:
+        raise CapabilityError(
+            f"the model does not fit: {model.num_parameters / 1e6:,.0f} M parameters in {dtype} need {format_bytes(weights)}, "
+            f"{format_bytes(free)} of memory are free, and pages of {format_bytes(geometry.block_bytes)} come on top"
+        )
+    if max_tokens_in_use is not None:
+        num_pages = min(num_pages, 2 + -(-max_tokens_in_use // cache.block_tokens))
+    return PagePlan(geometry, num_pages)
+
+
+@dataclass(frozen=True)
+class NamespaceFactory:
+    """Builds the namespace when a store wants it: the weights are digested only then."""
+
+    folder: Path
+    model: ModelConfig
+    cache: CacheConfig
+    engine: EngineConfig
+
+    def build(self, device: Capability, dtype: str) -> Namespace:
+        """Identity and representation of this engine's blocks."""
+        import torch
+
+        identity = Identity(weights=weights_digest(weight_files(self.folder)), config=self.model.raw)
+        representation: dict[str, object] = {
+            "dtype": dtype,
+            "block_tokens": self.cache.block_tokens,
+            "layers_per_tile": BlockGeometry.layers_per_tile,
+            "numerics": self.engine.numerics,
+        }
+        if self.engine.numerics == "strict":  # bit equality holds on one kind of hardware and library only
+            representation["arithmetic"] = device.arithmetic_class
+            representation["torch"] = torch.__version__
+            if device.kind == "cpu":
+                representation["threads"] = torch.get_num_threads()
+        return Namespace(identity, representation)

@@ -1,0 +1,213 @@
+"""The one object the scheduler asks for pages: prefix match, allocation, single flight, offload and onboard.
+
+It knows tokens, keys and page numbers; the `Connector` moves bytes between pages and the store.
+
+Single flight: while a sequence computes a block, others that need the same block next are held back and match it
+when it is complete. A block is therefore computed once, however many requests of a step share it.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from enum import Enum
+
+from hpckv.kvcache.cached_sequence import CachedSequence
+from hpckv.kvcache.page_pool import PagePool
+
+
+class Connector(ABC):
+    """Between pages and a store of blocks."""
+
+    @abstractmethod
+    def contains(self, key: bytes) -> bool:
+        """Whether loading the block is worth trying; no I/O."""
+
+    @abstractmethod
+    def onboard(self, keys: Sequence[bytes], pages: Sequence[int]) -> list[str]:
+        """Load blocks into pages until the first miss; returns the tier of each block loaded and verified."""
+
+    @abstractmethod
+    def offload(self, key: bytes, parent: bytes, position: int, page: int) -> None:
+        """Offer a complete block to the store."""
+
+
+class Admission(Enum):
+    """What became of a sequence that asked to start."""
+
+    ADMITTED = "admitted"
+    NO_PAGES = "no pages"
+
+
+@dataclass
+class CacheStats:
+    """Append-only counters, in blocks."""
+
+    registered: int = 0
+    onboarded: Counter[str] = field(default_factory=Counter)
+    offloaded: int = 0
+    holds: int = 0
+
+
+class CacheManager:
+    """Pages of all sequences on one device."""
+
+    def __init__(
+        self,
+        pool_pages: int,
+        block_tokens: int,
+        key_of: Callable[[bytes | None, Sequence[int]], bytes],
+        *,
+        connector: Connector | None = None,
+        writes: str = "off",
+    ):
+        """`key_of(parent key or None, tokens)` gives a block's key; `writes` is the store's admission policy."""
+        self.block_tokens = block_tokens
+        self.pool = PagePool(pool_pages, is_wanted=lambda key: self._uses_left.get(key, 0) > 0)
+        self.stats = CacheStats()
+        self._key_of = key_of
+        self._connector = connector
+        self._writes = writes
+        self._uses_left: dict[bytes, int] = {}
+        self._repeated: set[bytes] = set()
+        self._offloaded: set[bytes] = set()
+        self._computing: dict[bytes, CachedSequence] = {}
+
+    def expect(self, keys: Sequence[bytes]) -> None:
+        """A sequence that has not started will use these blocks; they are kept for it where possible."""
+        for key in keys:
+            left = self._uses_left.get(key, 0) + 1
+            self._uses_left[key] = left
+            if left > 1:
+                self._repeated.add(key)
+
+    def forget_use(self, keys: Sequence[bytes]) -> None:
+        """A request that was expected to use these blocks has had its use (or never will)."""
+        for key in keys:
+            left = self._uses_left.get(key, 0) - 1
+            if left > 0:
+                self._uses_left[key] = left
+            elif self._uses_left.pop(key, None) is not None:
+                self.pool.recheck(key)
+
+    def admit(self, seq: CachedSequence, *, may_evict_wanted: bool, reserve: int = 0) -> Admission | bytes:
+        """Match a sequence's prefix and take pages for all its tokens, leaving `reserve` pages for others.
+
+        Returns ADMITTED, NO_PAGES, or, if it must wait, the key of the last block it waits for. Admitted,
+        `num_computed` tells what was found; with everything found the last token is computed again for its logits.
+        """
+        assert not seq.pages
+        size = self.block_tokens
+        keys = seq.keys
+        found: list[int] = []
+        for key in keys:
+            page = self.pool.find(key)
+            if page is None:
+                break
+            found.append(page)
+        matched = len(found)
+        stored = matched
+        while self._connector and stored < len(keys) and self._connector.contains(keys[stored]):
+            stored += 1
+        awaited = stored
+        while awaited < len(keys) and keys[awaited] in self._computing:
+            awaited += 1
+        if awaited > stored:
+            self.stats.holds += 1
+            return keys[awaited - 1]
+
+        for page in found:
+            self.pool.retain(page)
+        needed = -(-len(seq.tokens) // size) - matched
+        if needed + reserve > (self.pool.num_available if may_evict_wanted else self.pool.num_unwanted):
+            self._release(found)
+            return Admission.NO_PAGES
+        seq.pages = found + self._allocate(needed)
+        seq.num_registered = matched
+        tiers = ["device"] * matched + self._onboard(seq, matched, stored)
+        seq.num_computed = min(len(tiers) * size, len(seq.tokens) - 1)
+        if seq.cached is None:
+            seq.cached = Counter()
+            for number, tier in enumerate(tiers):
+                seq.cached[tier] += min(size, seq.num_computed - number * size)
+            if self._writes == "planned":  # a second use is reason enough to keep a block
+                for number in range(matched):
+                    self._offload(seq, number)
+        for key in keys[seq.num_registered :]:
+            self._computing.setdefault(key, seq)
+        return Admission.ADMITTED
+
+    def _onboard(self, seq: CachedSequence, first: int, last: int) -> list[str]:
+        if self._connector is None or first == last:
+            return []
+        tiers = self._connector.onboard(seq.keys[first:last], seq.pages[first:last])
+        self.stats.onboarded.update(tiers)
+        for number in range(first, first + len(tiers)):
+            self.pool.register(seq.pages[number], seq.keys[number])
+            self._offloaded.add(seq.keys[number])
+        seq.num_registered = first + len(tiers)
+        return tiers
+
+    def grow(self, seq: CachedSequence, num_tokens: int) -> bool:
+        """Make sure the sequence has pages for its first `num_tokens` tokens; False if there are none."""
+        needed = -(-num_tokens // self.block_tokens) - len(seq.pages)
+        if needed > self.pool.num_available:
+            return False
+        seq.pages += self._allocate(needed)
+        return True
+
+    def commit(self, seq: CachedSequence, num_computed: int) -> list[bytes]:
+        """The first `num_computed` tokens are in their pages now. Returns keys of blocks that became complete."""
+        size = self.block_tokens
+        seq.num_computed = num_computed
+        completed = []
+        for number in range(seq.num_registered, num_computed // size):
+            if number == len(seq.keys):
+                parent = seq.keys[-1] if seq.keys else None
+                seq.keys.append(self._key_of(parent, seq.tokens[number * size : (number + 1) * size]))
+            key = seq.keys[number]
+            if self.pool.register(seq.pages[number], key):
+                self.stats.registered += 1
+                if self._writes == "all" or (self._writes == "planned" and key in self._repeated):
+                    self._offload(seq, number)
+            self._computing.pop(key, None)
+            completed.append(key)
+            seq.num_registered = number + 1
+        return completed
+
+    def release(self, seq: CachedSequence) -> list[bytes]:
+        """Give a sequence's pages back. Returns keys it was computing and will not complete."""
+        # Deepest first: a block is of no use once its parent is gone, so parents are evicted last.
+        self._release(list(reversed(seq.pages)))
+        abandoned = [k for k in seq.keys[seq.num_registered :] if self._computing.get(k) is seq]
+        for key in abandoned:
+            del self._computing[key]
+        seq.pages, seq.num_computed, seq.num_registered = [], 0, 0
+        return abandoned
+
+    def check_integrity(self, running: Sequence[CachedSequence]) -> None:
+        """Raise `AssertionError` if pages and sequences disagree."""
+        self.pool.check_integrity()
+        references = Counter(page for seq in running for page in seq.pages)
+        assert references == Counter({p: c for p, c in enumerate(self.pool._references) if c})
+        for seq in running:
+            assert seq.num_computed <= len(seq.pages) * self.block_tokens
+
+    def _offload(self, seq: CachedSequence, number: int) -> None:
+        if self._connector is None or seq.keys[number] in self._offloaded:
+            return
+        parent = seq.keys[number - 1] if number else bytes(len(seq.keys[0]))
+        self._connector.offload(seq.keys[number], parent, number * self.block_tokens, seq.pages[number])
+        self._offloaded.add(seq.keys[number])
+        self.stats.offloaded += 1
+
+    def _allocate(self, count: int) -> list[int]:
+        pages = [self.pool.allocate() for _ in range(count)]
+        assert None not in pages
+        return [p for p in pages if p is not None]
+
+    def _release(self, pages: Sequence[int]) -> None:
+        for page in pages:
+            self.pool.release(page)

@@ -1,0 +1,31 @@
+"""One sequence's tokens and where their keys and values are. No torch."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+HIT_TIERS = ("device", "host", "local", "shared")
+"""Where a cached token can have come from, near to far."""
+
+
+class CachedSequence:
+    """Tokens of a sequence, the keys of its full blocks, its pages, and how far they are computed.
+
+    Invariant: positions [0, num_computed) have their keys and values in `pages`.
+    """
+
+    def __init__(self, tokens: list[int], keys: list[bytes]):
+        """`keys` are those of all full blocks of `tokens`."""
+        self.tokens = tokens
+        self.keys = keys
+        self.pages: list[int] = []
+        self.num_computed = 0
+        self.num_registered = 0
+        """Leading blocks that are known to the pool under their key."""
+        self.cached: Counter[str] | None = None
+        """Tokens found at first admission, by tier."""
+
+    @property
+    def num_left(self) -> int:
+        """Tokens whose keys and values are still to be computed."""
+        return len(self.tokens) - self.num_computed

@@ -1,0 +1,29 @@
+"""Settings of the block store (`store:`)."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from hpckv.quantity import ByteSize
+from hpckv.schema import Config
+
+
+class StoreConfig(Config):
+    """Where prefixes are kept between runs. Without this section nothing is, and everything else works."""
+
+    shared: str
+    """Folder of the store; on a cluster, a project's folder on Lustre or NFS. Made on first use."""
+    local: str = "auto"
+    """Node-local folder for read-through copies. Not used by this version: the run says so once if a path is given."""
+    local_size: ByteSize = ByteSize(200 * 1024**3)
+    """Budget of the node-local copies."""
+    host_size: ByteSize = ByteSize(1024**3)
+    """Budget of the host RAM tier; 0 turns it off."""
+    read: bool = True
+    """Look prefixes up in the store."""
+    write: Literal["all", "planned", "off"] = "planned"
+    """Which computed blocks are kept: every full one, those that the plan or a second use says will be wanted again, none."""
+    segment_size: ByteSize = ByteSize(128 * 1024**2)
+    """A segment is sealed when it holds so many bytes of blocks (or at the end, or after `seal_s`)."""
+    seal_s: float = 60.0
+    """Longest time a computed block waits in an open segment, seconds."""

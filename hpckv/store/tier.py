@@ -1,0 +1,102 @@
+"""The contract every KV-block tier keeps: host RAM, node-local SSD, shared filesystem.
+
+A tier maps a block key (32 bytes) to immutable bytes of one fixed size. It knows nothing of tensors, ranks or
+requests, and no tier calls another (see `tiered_store`).
+
+    contains()  from memory, no I/O: whether a get() is worth trying
+    get()       the exact bytes that were put, verified in the caller's buffer - or a miss; never an exception
+    put()       takes a copy; what it returns says whether the block will be kept
+    flush()     once it returns, every block put() answered STORED for is as durable as the tier ever makes it
+                (on disk and visible to every process for a file tier; nothing to do for host RAM)
+    pin()       protects blocks from eviction until as many unpin()s
+    evict()     frees unpinned blocks, least recently used first
+
+Blocks are written once and never modified, so readers take no lock. A get() that fails for any reason - the file is
+gone, the disk answers with an error, the digest is wrong - is a miss, counted by cause: a tier can make a run
+faster, never wrong and never stuck. put() never blocks on a device: under pressure it drops.
+
+All methods may be called from any thread of one process. Every implementation must pass
+`hpckv.testing.tier_suite.TierSuite`.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from enum import Enum
+
+from hpckv.store.block import BlockGeometry
+from hpckv.store.segment import StoredBlock
+
+
+class PutOutcome(Enum):
+    """What became of a put."""
+
+    STORED = "stored"
+    """Kept: get() serves it at once, other processes after flush()."""
+    DUPLICATE = "duplicate"
+    """Already there; nothing was done."""
+    DROPPED = "dropped"
+    """No room, too busy, or writing is off: as if it had never been put."""
+
+
+@dataclass
+class TierStats:
+    """Append-only counters; seconds are the caller's waiting time."""
+
+    hits: int = 0
+    misses: Counter[str] = field(default_factory=Counter)
+    """By cause: absent, gone, io, damaged."""
+    stored: int = 0
+    dropped: int = 0
+    read_bytes: int = 0
+    written_bytes: int = 0
+    read_s: float = 0.0
+
+
+class Tier(ABC):
+    """One level of the KV-block hierarchy."""
+
+    name: str
+    """`host`, `local` or `shared`: where a hit is counted."""
+    survives_process: bool
+    """Whether another process finds what this one put and flushed."""
+    geometry: BlockGeometry
+    stats: TierStats
+
+    @abstractmethod
+    def contains(self, key: bytes) -> bool:
+        """Whether the tier believes it has the block. No I/O; may be wrong either way, get() decides."""
+
+    @abstractmethod
+    def get(self, key: bytes, into: memoryview) -> bool:
+        """Copy the block's bytes into `into` (`block_bytes` long) and verify them there. False is a miss.
+
+        After a miss the content of `into` is undefined.
+        """
+
+    @abstractmethod
+    def put(self, block: StoredBlock) -> PutOutcome:
+        """Take a copy of the block. Idempotent: a key that is already there is left as it is."""
+
+    @abstractmethod
+    def flush(self) -> None:
+        """Wait until everything put so far is as durable as this tier makes it. Errors turn writing off, once logged."""
+
+    @abstractmethod
+    def pin(self, keys: Iterable[bytes]) -> None:
+        """Protect present blocks from eviction; counts up. Absent keys are ignored."""
+
+    @abstractmethod
+    def unpin(self, keys: Iterable[bytes]) -> None:
+        """Undo one pin() of each key."""
+
+    @abstractmethod
+    def evict(self, num_bytes: int) -> int:
+        """Free at least `num_bytes` of unpinned blocks if there are so many; returns the bytes freed."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """flush(), then give back threads and descriptors; idempotent."""
