@@ -20,27 +20,27 @@ import random
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-ADJECTIVES = (
-    "amber ancient azure bold brave bright broken bronze calm clever cobalt copper coral crimson crystal "
-    "dapper dusty eager early ebony electric emerald fancy feral fierce frosty gentle giant gilded golden "
-    "grand happy hasty hidden hollow humble icy indigo iron ivory jade jolly keen lazy lively lonely lucky "
-    "mellow mighty misty modest narrow noble olive pale patient polar proud quiet rapid royal rustic"
-).split()
-ANIMALS = (
-    "badger bat bear beaver bison boar camel cat cobra condor cougar crab crane crow deer dingo dog donkey "
-    "dove duck eagle eel elk falcon ferret finch fox frog gecko goat goose gull hare hawk hedgehog heron "
-    "horse hyena ibex jackal koala lark lemur lion lizard llama lynx magpie marten mole moose newt otter "
-    "owl panda parrot pelican pigeon puffin rabbit raven seal stork tiger"
-).split()
-PLACES = (
-    "Accra Algiers Amman Ankara Athens Baku Bamako Bangkok Beirut Berlin Bern Bogota Boston Brasilia Brussels "
-    "Cairo Canberra Caracas Chicago Cork Dakar Dallas Delhi Denver Dhaka Doha Dublin Durban Geneva Ghent Hanoi "
-    "Harare Havana Helsinki Houston Istanbul Jakarta Juba Kabul Kampala Kiev Kigali Kyoto Lagos Leeds Lima "
-    "Lisbon London Luanda Lusaka Lyon Madrid Malmo Manila Maputo Miami Milan Minsk Monaco Moscow Mumbai Munich "
-    "Nairobi Naples Nassau Niamey Odessa Osaka Oslo Ottawa Paris Perth Prague Quito Rabat Riga Rome Santiago "
-    "Seoul Sofia Split Suva Sydney Taipei Tallinn Tehran Tirana Tokyo Toronto Tripoli Tunis Turin Vienna Vilnius "
-    "Warsaw Zagreb"
-).split()
+ADJECTIVES = """
+    amber ancient azure bold brave bright broken bronze calm clever cobalt copper coral crimson crystal dapper
+    dusty eager early ebony electric emerald fancy feral fierce frosty gentle giant gilded golden grand happy
+    hasty hidden hollow humble icy indigo iron ivory jade jolly keen lazy lively lonely lucky mellow mighty
+    misty modest narrow noble olive pale patient polar proud quiet rapid royal rustic
+""".split()  # noqa: SIM905
+ANIMALS = """
+    badger bat bear beaver bison boar camel cat cobra condor cougar crab crane crow deer dingo dog donkey dove
+    duck eagle eel elk falcon ferret finch fox frog gecko goat goose gull hare hawk hedgehog heron horse hyena
+    ibex jackal koala lark lemur lion lizard llama lynx magpie marten mole moose newt otter owl panda parrot
+    pelican pigeon puffin rabbit raven seal stork tiger
+""".split()  # noqa: SIM905
+PLACES = """
+    Accra Algiers Amman Ankara Athens Baku Bamako Bangkok Beirut Berlin Bern Bogota Boston Brasilia Brussels
+    Cairo Canberra Caracas Chicago Cork Dakar Dallas Delhi Denver Dhaka Doha Dublin Durban Geneva Ghent Hanoi
+    Harare Havana Helsinki Houston Istanbul Jakarta Juba Kabul Kampala Kiev Kigali Kyoto Lagos Leeds Lima Lisbon
+    London Luanda Lusaka Lyon Madrid Malmo Manila Maputo Miami Milan Minsk Monaco Moscow Mumbai Munich Nairobi
+    Naples Nassau Niamey Odessa Osaka Oslo Ottawa Paris Perth Prague Quito Rabat Riga Rome Santiago Seoul Sofia
+    Split Suva Sydney Taipei Tallinn Tehran Tirana Tokyo Toronto Tripoli Tunis Turin Vienna Vilnius Warsaw
+    Zagreb
+""".split()  # noqa: SIM905
 
 INSTRUCTION = "Answer from the catalogue."
 ALIAS_SHARE = 0.12

@@ -31,7 +31,9 @@ def attend_with_lse(
         return out, lse
     if softcap is None and q_BNRH.device.type == "cuda" and q_BNRH.shape[-1] % 8 == 0 and mask is None:
         efficient = torch.ops.aten._scaled_dot_product_efficient_attention
-        out, lse, *_ = efficient(q_BNRH, k_BNLH, v_BNLH, None, True, 0.0, is_causal, scale=scale)
+        out, lse, *_ = efficient(
+            q_BNRH, k_BNLH, v_BNLH, None, compute_log_sumexp=True, is_causal=is_causal, scale=scale
+        )
         return out, lse[..., : q_BNRH.shape[2]]  # the kernel pads rows
     return _plain(q_BNRH, k_BNLH, v_BNLH, scale, softcap, mask, is_causal)
 
@@ -64,7 +66,7 @@ class Merger:
     sum(exp(lse_i - lse) * out_i) with lse = log sum exp lse_i.
     """
 
-    def __init__(self, like_TNH: torch.Tensor):
+    def __init__(self, like_TNH: torch.Tensor) -> None:
         num_rows, num_heads, _ = like_TNH.shape
         self.out_TNH = torch.zeros(like_TNH.shape, dtype=torch.float32, device=like_TNH.device)
         self.lse_TN = torch.full((num_rows, num_heads), -math.inf, device=like_TNH.device)

@@ -15,6 +15,7 @@ Shapes: T packed tokens, N heads, K KV heads, G = N / K, H head size, X pool slo
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections import defaultdict
 from collections.abc import Sequence
@@ -24,7 +25,7 @@ import torch
 
 from hpckv.attention.backend import AttentionBackend, AttentionPlan, HeadShape, SequenceChunk
 from hpckv.attention.kernels import Merger, attend_with_lse
-from hpckv.attention.sharing import find_shared_runs
+from hpckv.attention.sharing import MIN_SAVED_TOKENS, find_shared_runs
 
 LONG_TAIL_TOKENS = 192
 """Decode tails at least this long, if their pages are consecutive, are attended in place one by one; shorter
@@ -83,7 +84,7 @@ class SdpaPlan:
 class SdpaBackend(AttentionBackend):
     """Throughput first; results do not depend on batch mates beyond rounding."""
 
-    def __init__(self, *, block_tokens: int, device: torch.device, shares_prefixes: bool = True):
+    def __init__(self, *, block_tokens: int, device: torch.device, shares_prefixes: bool = True) -> None:
         self.block_tokens = block_tokens
         self.device = device
         self.shares_prefixes = shares_prefixes
@@ -118,12 +119,13 @@ class SdpaBackend(AttentionBackend):
     def _plan_full(self, chunks: Sequence[SequenceChunk]) -> list[Problem]:
         problems: list[Problem] = []
         first_rows = _first_rows(chunks)
-        runs, covered = [], [0] * len(chunks)
-        if self.shares_prefixes:
-            runs, covered = find_shared_runs(chunks, self.block_tokens)
+        shortest_worth = MIN_SAVED_TOKENS if self.shares_prefixes else 1 << 62
+        runs, covered = find_shared_runs(chunks, self.block_tokens, shortest_worth)
         for run in runs:
             rows = [r for m in run.members for r in range(first_rows[m], first_rows[m] + chunks[m].num_tokens)]
-            slots = self._slots(chunks[run.members[0]].pages, run.first * self.block_tokens, run.last * self.block_tokens)
+            slots = self._slots(
+                chunks[run.members[0]].pages, run.first * self.block_tokens, run.last * self.block_tokens
+            )
             problems.append(Full(self._as_rows(rows), slots))
 
         own: dict[int, list[int]] = defaultdict(list)
@@ -187,7 +189,7 @@ class SdpaBackend(AttentionBackend):
         size = self.block_tokens
         low, high = first // size, -(-end // size)
         used = pages[low:high]
-        if all(b - a == 1 for a, b in zip(used, used[1:], strict=False)):
+        if all(b - a == 1 for a, b in itertools.pairwise(used)):
             base = used[0] * size - low * size
             return slice(base + first, base + end)
         slots = torch.tensor(used)[:, None] * size + torch.arange(size)
@@ -282,4 +284,3 @@ def _first_rows(chunks: Sequence[SequenceChunk]) -> list[int]:
 
 def _as_index(slots: Slots, device: torch.device) -> torch.Tensor:
     return torch.arange(slots.start, slots.stop, device=device) if isinstance(slots, slice) else slots
-

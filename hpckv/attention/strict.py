@@ -42,7 +42,7 @@ class StrictPlan:
 class StrictBackend(AttentionBackend):
     """Reproducibility first: cold = warm = any chunk = any batch mates, `torch.equal`."""
 
-    def __init__(self, *, block_tokens: int, device: torch.device):
+    def __init__(self, *, block_tokens: int, device: torch.device) -> None:
         self.block_tokens = block_tokens
         self.device = device
 

@@ -8,7 +8,7 @@ from hpckv.errors import ConfigError
 from hpckv.schema import Config
 
 
-class ParallelConfig(Config):
+class ParallelConfig(Config, frozen=True):
     """How one model is spread over ranks (`parallel:`)."""
 
     tp: int = 1

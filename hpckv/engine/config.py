@@ -8,7 +8,7 @@ from hpckv.errors import ConfigError
 from hpckv.schema import Config
 
 
-class EngineConfig(Config):
+class EngineConfig(Config, frozen=True):
     """How a step is filled, and which arithmetic is promised."""
 
     max_batch_tokens: int = 8192

@@ -6,6 +6,7 @@ import logging
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -19,7 +20,7 @@ from hpckv.engine.request import Answer, Request, RequestState, RunningSequence,
 from hpckv.engine.runner import Runner
 from hpckv.engine.sampler import Draw, sample
 from hpckv.engine.scheduler import Scheduler, StepPlan
-from hpckv.engine.sizing import NamespaceFactory, PagePlan, plan_pages
+from hpckv.engine.sizing import PagePlan, build_namespace, plan_pages
 from hpckv.errors import CapabilityError, CapacityError, ConfigError
 from hpckv.kvcache import CacheConfig, CacheManager
 from hpckv.kvcache.kv_pool import KVPool, StoreConnector
@@ -45,12 +46,21 @@ class StepTimes:
     sample_s: float = 0.0
 
 
+@dataclass(frozen=True)
+class _Loaded:
+    """What exists only once the weights are in memory."""
+
+    runner: Runner
+    cache: CacheManager
+    scheduler: Scheduler
+
+
 class Engine:
     """A model with its cache and, if given, its store.
 
-        with Engine(model="models/llama-3.1-8b", store="/lustre/proj/kv") as engine:
-            for answer in engine.generate(prompts, SamplingParams(max_tokens=64)):
-                print(answer.text, answer.usage.cached_tokens)
+    with Engine(model="models/llama-3.1-8b", store="/lustre/proj/kv") as engine:
+        for answer in engine.generate(prompts, SamplingParams(max_tokens=64)):
+            print(answer.text, answer.usage.cached_tokens)
     """
 
     def __init__(
@@ -60,12 +70,10 @@ class Engine:
         store: str | Path | StoreConfig | None = None,
         cache: CacheConfig | None = None,
         engine: EngineConfig | None = None,
-        max_tokens_in_use: int | None = None,
-    ):
-        """Load the model. `store` is a folder or a whole `StoreConfig`.
+    ) -> None:
+        """Check model, machine and store; the weights are loaded on first use or by `load()`.
 
-        `max_tokens_in_use` bounds the pages by what the run can use at most (distinct prompt tokens and outputs).
-        Raises `ModelError`, `CapabilityError`, `StoreError`: before loading, where that can be known.
+        `store` is a folder or a whole `StoreConfig`. Raises `ModelError`, `CapabilityError`, `StoreError`.
         """
         self.settings = model if isinstance(model, ModelSettings) else ModelSettings(path=str(model))
         self.cache_config = cache or CacheConfig()
@@ -76,50 +84,75 @@ class Engine:
         self.dtype_name = choose_dtype(self.settings.dtype, self.model_config.stored_dtype, self.capability)
         self._refuse_what_is_not_here()
         self.pages: PagePlan = plan_pages(
-            self.model_config, folder, self.cache_config, self.capability, self.dtype_name, max_tokens_in_use
+            self.model_config, folder, self.cache_config, self.capability, self.dtype_name
         )
-        self._tokenizer: Tokenizer | None = None
+        self.store: TieredStore | None = None
+        self.weights_digest: str | None = None
+        self._writes = "off"
+        self._epoch_key, self._identity = _NO_STORE_KEY, bytes(32)
+        if store is not None:
+            self._open_store(store if isinstance(store, StoreConfig) else StoreConfig(shared=str(store)))
+        self.times = StepTimes()
+        self._states: dict[str, RequestState] = {}
+        self._streams: dict[RunningSequence, TextStream] = {}
+        self._loaded: _Loaded | None = None
 
+    def load(self, max_tokens_in_use: int | None = None) -> None:
+        """Load the weights and take the pages; done on first use if not called. Raises `ModelError`.
+
+        `max_tokens_in_use` bounds the pages by what the run can use at most.
+        """
+        if self._loaded:
+            return
+        folder, block_tokens = Path(self.settings.path), self.cache_config.block_tokens
         device, dtype = torch.device(self.capability.kind), getattr(torch, self.dtype_name)
-        block_tokens = self.cache_config.block_tokens
+        if max_tokens_in_use is not None:
+            self.pages = self.pages.at_most(max_tokens_in_use)
         backend = make_backend(
             self.config.numerics,
             block_tokens=block_tokens,
             device=device,
             shares_prefixes=self.config.share_prefix_attention,
         )
-        self.store: TieredStore | None = None
-        self.namespace = NamespaceFactory(folder, self.model_config, self.cache_config, self.config)
-        if store is not None:
-            store_config = store if isinstance(store, StoreConfig) else StoreConfig(shared=str(store))
-            namespace = self.namespace.build(self.capability, self.dtype_name)
-            self.store = open_store(store_config, namespace, self.pages.geometry)
-            self._epoch_key, self._identity = self.store.epoch_key, namespace.identity.digest
-        else:
-            self._epoch_key, self._identity = _NO_STORE_KEY, bytes(32)
-
         decoder = Decoder(self.model_config, folder, backend, dtype=dtype, device=device)
         pool = KVPool(self.pages.geometry, num_pages=self.pages.num_pages, dtype=dtype, device=device)
-        self._runner = Runner(decoder, pool, numerics=self.config.numerics)
-        writes = store_config.write if store is not None else "off"
-        self.cache = CacheManager(
+        cache = CacheManager(
             self.pages.num_pages,
             block_tokens,
             lambda parent, tokens: block_key(self._epoch_key, self._identity, parent or ROOT_KEY, tokens),
             connector=StoreConnector(pool, self.store) if self.store else None,
-            writes=writes,
+            writes=self._writes,
         )
-        self.scheduler = Scheduler(self.config, self.cache)
-        self.times = StepTimes()
-        self._states: dict[str, RequestState] = {}
-        self._streams: dict[RunningSequence, TextStream] = {}
+        runner = Runner(decoder, pool, numerics=self.config.numerics)
+        self._loaded = _Loaded(runner, cache, Scheduler(self.config, cache))
 
     @property
+    def is_loaded(self) -> bool:
+        return self._loaded is not None
+
+    @property
+    def runner(self) -> Runner:
+        self.load()
+        assert self._loaded
+        return self._loaded.runner
+
+    @property
+    def cache(self) -> CacheManager:
+        self.load()
+        assert self._loaded
+        return self._loaded.cache
+
+    @property
+    def scheduler(self) -> Scheduler:
+        self.load()
+        assert self._loaded
+        return self._loaded.scheduler
+
+    @cached_property
     def tokenizer(self) -> Tokenizer | None:
         """The model's tokenizer, or None if its folder has none (prompts of token ids still work)."""
-        if self._tokenizer is None and (Path(self.settings.path) / "tokenizer.json").exists():
-            self._tokenizer = Tokenizer(Path(self.settings.path))
-        return self._tokenizer
+        folder = Path(self.settings.path)
+        return Tokenizer(folder) if (folder / "tokenizer.json").exists() else None
 
     def prompt_ids(self, prompt: Prompt) -> list[int]:
         """Token ids of a text, a chat, or token ids as they are."""
@@ -168,7 +201,7 @@ class Engine:
     @property
     def num_unfinished(self) -> int:
         """Sequences not yet finished."""
-        return self.scheduler.num_unfinished
+        return self._loaded.scheduler.num_unfinished if self._loaded else 0
 
     def step(self) -> list[Answer]:
         """Compute one step; the answers it finished."""
@@ -177,7 +210,7 @@ class Engine:
         if not plan.chunks:
             return []
         scheduled = time.perf_counter()
-        logits = self._runner.run(plan)
+        logits = self.runner.run(plan)
         computed = time.perf_counter()
         self.scheduler.complete(plan)
         answers = self._append_sampled(plan, logits)
@@ -258,6 +291,20 @@ class Engine:
             seq.finish_reason = "stop"
         if seq.finish_reason:
             del self._streams[seq]
+
+    def _open_store(self, config: StoreConfig) -> None:
+        namespace = build_namespace(
+            Path(self.settings.path),
+            self.model_config,
+            self.cache_config,
+            self.config,
+            self.capability,
+            self.dtype_name,
+        )
+        self.store = open_store(config, namespace, self.pages.geometry)
+        self.weights_digest = namespace.identity.weights
+        self._writes = config.write
+        self._epoch_key, self._identity = self.store.epoch_key, namespace.identity.digest
 
     def _refuse_what_is_not_here(self) -> None:
         if self.settings.quantization != "none":

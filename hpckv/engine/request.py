@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -12,7 +13,7 @@ from hpckv.kvcache import HIT_TIERS, CachedSequence
 from hpckv.schema import Config
 
 
-class SamplingParams(Config):
+class SamplingParams(Config, frozen=True):
     """How one request is continued (`sampling:` gives defaults, a line's body wins)."""
 
     max_tokens: int = 256
@@ -123,7 +124,7 @@ class Answer:
 class RunningSequence(CachedSequence):
     """One continuation of a request while it is scheduled."""
 
-    def __init__(self, request: Request, index: int, keys: list[bytes], seed: int):
+    def __init__(self, request: Request, index: int, keys: list[bytes], seed: int) -> None:
         super().__init__(list(request.prompt_ids), keys)
         self.request = request
         self.index = index
@@ -164,10 +165,16 @@ class RequestState:
         return all(seq.finish_reason for seq in self.sequences)
 
     def answer(self, error: str | None = None) -> Answer:
-        found = (self.sequences[0].cached if self.sequences else None) or {}
+        found = (self.sequences[0].cached if self.sequences else None) or Counter[str]()
         cached = {tier: found.get(tier, 0) for tier in HIT_TIERS}
         completions = [
-            Completion(s.index, s.output_ids, s.text, s.finish_reason or "", s.logprobs if s.params.logprobs is not None else None)
+            Completion(
+                s.index,
+                s.output_ids,
+                s.text,
+                s.finish_reason or "",
+                s.logprobs if s.params.logprobs is not None else None,
+            )
             for s in self.sequences
         ]
         usage = Usage(len(self.request.prompt_ids), sum(s.num_output_tokens for s in self.sequences), cached)

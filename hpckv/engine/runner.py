@@ -24,7 +24,7 @@ STRICT_LOGIT_ROWS = 8
 class Runner:
     """A decoder, its pages, and the arithmetic mode."""
 
-    def __init__(self, decoder: Decoder, pool: KVPool, *, numerics: str):
+    def __init__(self, decoder: Decoder, pool: KVPool, *, numerics: str) -> None:
         self.decoder = decoder
         self.pool = pool
         self.is_strict = numerics == "strict"
@@ -54,7 +54,7 @@ class Runner:
             start = chunk.start
             while start < chunk.end:
                 count = min(room, chunk.end - start)
-                part.append(ScheduledChunk(chunk.seq, start, count, False))
+                part.append(ScheduledChunk(chunk.seq, start, count, samples=False))
                 start, room = start + count, room - count
                 if room == 0:
                     yield part
@@ -97,7 +97,7 @@ class Runner:
         if not self.is_strict:
             return self.decoder.logits(x_RD)
         parts = []
-        for part in x_RD.split(STRICT_LOGIT_ROWS) if len(x_RD) else ():
+        for part in torch.split(x_RD, STRICT_LOGIT_ROWS) if len(x_RD) else ():
             padded = torch.nn.functional.pad(part, (0, 0, 0, STRICT_LOGIT_ROWS - len(part)))
             parts.append(self.decoder.logits(padded)[: len(part)])
         return torch.cat(parts) if parts else x_RD.new_empty((0, self.decoder.config.vocab_size), dtype=torch.float32)

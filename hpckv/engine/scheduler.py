@@ -69,7 +69,7 @@ class SchedulerStats:
 class Scheduler:
     """Owns waiting, held and running sequences."""
 
-    def __init__(self, config: EngineConfig, cache: CacheManager):
+    def __init__(self, config: EngineConfig, cache: CacheManager) -> None:
         self.config = config
         self.cache = cache
         self.stats = SchedulerStats()

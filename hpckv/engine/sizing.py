@@ -30,6 +30,10 @@ class PagePlan:
     def num_usable(self) -> int:
         return self.num_pages - 1
 
+    def at_most(self, num_tokens: int) -> PagePlan:
+        """No more pages than a run of `num_tokens` cached tokens can use."""
+        return PagePlan(self.geometry, min(self.num_pages, 2 + -(-num_tokens // self.geometry.block_tokens)))
+
 
 def plan_pages(
     model: ModelConfig,
@@ -37,7 +41,6 @@ def plan_pages(
     cache: CacheConfig,
     device: Capability,
     dtype: str,
-    max_tokens_in_use: int | None = None,
 ) -> PagePlan:
     """Divide the device's memory; raises `CapabilityError` if model and one page do not fit, before anything is loaded."""
     weight_files(folder)
@@ -64,34 +67,25 @@ def plan_pages(
             f"the model does not fit: {model.num_parameters / 1e6:,.0f} M parameters in {dtype} need {format_bytes(weights)}, "
             f"{format_bytes(free)} of memory are free, and pages of {format_bytes(geometry.block_bytes)} come on top"
         )
-    if max_tokens_in_use is not None:
-        num_pages = min(num_pages, 2 + -(-max_tokens_in_use // cache.block_tokens))
     return PagePlan(geometry, num_pages)
 
 
-@dataclass(frozen=True)
-class NamespaceFactory:
-    """Builds the namespace when a store wants it: the weights are digested only then."""
+def build_namespace(
+    folder: Path, model: ModelConfig, cache: CacheConfig, engine: EngineConfig, device: Capability, dtype: str
+) -> Namespace:
+    """Identity and representation of an engine's blocks. Reads all weights, to digest them."""
+    import torch
 
-    folder: Path
-    model: ModelConfig
-    cache: CacheConfig
-    engine: EngineConfig
-
-    def build(self, device: Capability, dtype: str) -> Namespace:
-        """Identity and representation of this engine's blocks."""
-        import torch
-
-        identity = Identity(weights=weights_digest(weight_files(self.folder)), config=self.model.raw)
-        representation: dict[str, object] = {
-            "dtype": dtype,
-            "block_tokens": self.cache.block_tokens,
-            "layers_per_tile": BlockGeometry.layers_per_tile,
-            "numerics": self.engine.numerics,
-        }
-        if self.engine.numerics == "strict":  # bit equality holds on one kind of hardware and library only
-            representation["arithmetic"] = device.arithmetic_class
-            representation["torch"] = torch.__version__
-            if device.kind == "cpu":
-                representation["threads"] = torch.get_num_threads()
-        return Namespace(identity, representation)
+    identity = Identity(weights=weights_digest(weight_files(folder)), config=model.raw)
+    representation: dict[str, object] = {
+        "dtype": dtype,
+        "block_tokens": cache.block_tokens,
+        "layers_per_tile": BlockGeometry.layers_per_tile,
+        "numerics": engine.numerics,
+    }
+    if engine.numerics == "strict":  # bit equality holds on one kind of hardware and library only
+        representation["arithmetic"] = device.arithmetic_class
+        representation["torch"] = torch.__version__
+        if device.kind == "cpu":
+            representation["threads"] = torch.get_num_threads()
+    return Namespace(identity, representation)

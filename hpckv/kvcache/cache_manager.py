@@ -62,7 +62,7 @@ class CacheManager:
         *,
         connector: Connector | None = None,
         writes: str = "off",
-    ):
+    ) -> None:
         """`key_of(parent key or None, tokens)` gives a block's key; `writes` is the store's admission policy."""
         self.block_tokens = block_tokens
         self.pool = PagePool(pool_pages, is_wanted=lambda key: self._uses_left.get(key, 0) > 0)
@@ -99,25 +99,11 @@ class CacheManager:
         `num_computed` tells what was found; with everything found the last token is computed again for its logits.
         """
         assert not seq.pages
-        size = self.block_tokens
-        keys = seq.keys
-        found: list[int] = []
-        for key in keys:
-            page = self.pool.find(key)
-            if page is None:
-                break
-            found.append(page)
-        matched = len(found)
-        stored = matched
-        while self._connector and stored < len(keys) and self._connector.contains(keys[stored]):
-            stored += 1
-        awaited = stored
-        while awaited < len(keys) and keys[awaited] in self._computing:
-            awaited += 1
+        found, stored, awaited = self._match(seq.keys)
         if awaited > stored:
             self.stats.holds += 1
-            return keys[awaited - 1]
-
+            return seq.keys[awaited - 1]
+        size, matched = self.block_tokens, len(found)
         for page in found:
             self.pool.retain(page)
         needed = -(-len(seq.tokens) // size) - matched
@@ -129,15 +115,35 @@ class CacheManager:
         tiers = ["device"] * matched + self._onboard(seq, matched, stored)
         seq.num_computed = min(len(tiers) * size, len(seq.tokens) - 1)
         if seq.cached is None:
-            seq.cached = Counter()
-            for number, tier in enumerate(tiers):
-                seq.cached[tier] += min(size, seq.num_computed - number * size)
-            if self._writes == "planned":  # a second use is reason enough to keep a block
-                for number in range(matched):
-                    self._offload(seq, number)
-        for key in keys[seq.num_registered :]:
+            self._count_first_match(seq, tiers)
+        for key in seq.keys[seq.num_registered :]:
             self._computing.setdefault(key, seq)
         return Admission.ADMITTED
+
+    def _match(self, keys: Sequence[bytes]) -> tuple[list[int], int, int]:
+        """Pages of the leading blocks on the device; how far the store goes on; how far blocks in computation go on."""
+        found: list[int] = []
+        for key in keys:
+            page = self.pool.find(key)
+            if page is None:
+                break
+            found.append(page)
+        stored = len(found)
+        while self._connector and stored < len(keys) and self._connector.contains(keys[stored]):
+            stored += 1
+        awaited = stored
+        while awaited < len(keys) and keys[awaited] in self._computing:
+            awaited += 1
+        return found, stored, awaited
+
+    def _count_first_match(self, seq: CachedSequence, tiers: Sequence[str]) -> None:
+        size = self.block_tokens
+        seq.cached = Counter()
+        for number, tier in enumerate(tiers):
+            seq.cached[tier] += min(size, seq.num_computed - number * size)
+        if self._writes == "planned":  # a second use is reason enough to keep a block
+            for number in range(tiers.count("device")):
+                self._offload(seq, number)
 
     def _onboard(self, seq: CachedSequence, first: int, last: int) -> list[str]:
         if self._connector is None or first == last:

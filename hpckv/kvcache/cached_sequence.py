@@ -14,7 +14,7 @@ class CachedSequence:
     Invariant: positions [0, num_computed) have their keys and values in `pages`.
     """
 
-    def __init__(self, tokens: list[int], keys: list[bytes]):
+    def __init__(self, tokens: list[int], keys: list[bytes]) -> None:
         """`keys` are those of all full blocks of `tokens`."""
         self.tokens = tokens
         self.keys = keys

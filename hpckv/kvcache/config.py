@@ -9,7 +9,7 @@ from hpckv.quantity import ByteSize
 from hpckv.schema import Config
 
 
-class CacheConfig(Config):
+class CacheConfig(Config, frozen=True):
     """Pages of keys and values on the device."""
 
     block_tokens: int = 64
@@ -26,4 +26,6 @@ class CacheConfig(Config):
         if isinstance(self.device_memory, str):
             ByteSize.parse(self.device_memory)
         elif not 0 < self.device_memory <= 1:
-            raise ConfigError(f"cache.device_memory: {self.device_memory} is neither a share in (0, 1] nor a size such as 24GiB")
+            raise ConfigError(
+                f"cache.device_memory: {self.device_memory} is neither a share in (0, 1] nor a size such as 24GiB"
+            )

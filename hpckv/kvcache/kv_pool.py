@@ -19,7 +19,7 @@ from hpckv.store.segment import StoredBlock
 class KVPool:
     """Keys and values of every layer: one (L, 2, X, K, H) tensor; page p is slots [p * S, (p + 1) * S)."""
 
-    def __init__(self, geometry: BlockGeometry, *, num_pages: int, dtype: torch.dtype, device: torch.device):
+    def __init__(self, geometry: BlockGeometry, *, num_pages: int, dtype: torch.dtype, device: torch.device) -> None:
         g = geometry
         self.geometry = geometry
         self.num_pages = num_pages
@@ -32,7 +32,7 @@ class KVPool:
     def read_block(self, page: int) -> memoryview:
         """A copy of the page in the store's order: KV head, layer, K|V, token, dim."""
         block = self._page(page).permute(3, 0, 1, 2, 4).contiguous().cpu()
-        return memoryview(block.view(torch.uint8).flatten().numpy())
+        return memoryview(block.view(torch.uint8).flatten().numpy().data)
 
     def write_block(self, page: int, payload: memoryview) -> None:
         """The reverse of `read_block`."""
@@ -49,7 +49,7 @@ class KVPool:
 class StoreConnector(Connector):
     """Moves blocks between a `KVPool` and a `TieredStore`."""
 
-    def __init__(self, pool: KVPool, store: TieredStore):
+    def __init__(self, pool: KVPool, store: TieredStore) -> None:
         self._pool, self._store = pool, store
         self._buffer = bytearray(pool.geometry.block_bytes)
 

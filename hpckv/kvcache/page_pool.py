@@ -21,7 +21,7 @@ TRASH_PAGE = 0
 class PagePool:
     """`num_pages` pages, the trash page included."""
 
-    def __init__(self, num_pages: int, *, is_wanted: Callable[[bytes], bool] = lambda key: False):
+    def __init__(self, num_pages: int, *, is_wanted: Callable[[bytes], bool] = lambda key: False) -> None:
         """`is_wanted` says of a block's key whether a request that has not started yet will use it."""
         assert num_pages >= 2
         self.num_pages = num_pages
@@ -98,7 +98,7 @@ class PagePool:
     def recheck(self, key: bytes) -> None:
         """The block's being wanted may have changed."""
         page = self._page_of.get(key)
-        if page in self._wanted and not self._is_wanted(key):
+        if page is not None and page in self._wanted and not self._is_wanted(key):
             del self._wanted[page]
             self._unwanted[page] = None
 

@@ -9,7 +9,7 @@ from typing import Any, Literal
 from hpckv.schema import Config
 
 
-class ModelSettings(Config):
+class ModelSettings(Config, frozen=True):
     """Which model, and how it is computed (`model:`)."""
 
     path: str

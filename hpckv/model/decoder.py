@@ -48,7 +48,7 @@ KVLayers = list[tuple[torch.Tensor, torch.Tensor]]
 class Attention:
     """Grouped-query attention over pages."""
 
-    def __init__(self, model: Decoder, source: WeightSource, layer: int):
+    def __init__(self, model: Decoder, source: WeightSource, layer: int) -> None:
         config, dims = model.config, model.dims
         name = f"model.layers.{layer}.self_attn"
         size, heads = config.head_dim, dims.columns(config.num_heads, "number of heads")
@@ -86,15 +86,20 @@ class Attention:
         self.k_norm = RMSNorm(config, source, f"{name}.k_norm", size) if config.has_qk_norm else None
 
     def __call__(
-        self, x_TD: torch.Tensor, step: StepInput, kv: tuple[torch.Tensor, torch.Tensor], cos: torch.Tensor, sin: torch.Tensor
+        self,
+        x_TD: torch.Tensor,
+        step: StepInput,
+        kv: tuple[torch.Tensor, torch.Tensor],
+        cos: torch.Tensor,
+        sin: torch.Tensor,
     ) -> torch.Tensor:
         s = self.shape
         qkv = self.qkv(x_TD).unflatten(-1, (s.num_heads + 2 * s.num_kv_heads, s.head_dim))
-        qk, v_TKH = qkv.split([s.num_heads + s.num_kv_heads, s.num_kv_heads], dim=1)
+        qk, v_TKH = torch.split(qkv, [s.num_heads + s.num_kv_heads, s.num_kv_heads], dim=1)
         if self.q_norm and self.k_norm:
-            q, k = qk.split([s.num_heads, s.num_kv_heads], dim=1)
+            q, k = torch.split(qk, [s.num_heads, s.num_kv_heads], dim=1)
             qk = torch.cat((self.q_norm(q), self.k_norm(k)), dim=1)
-        q_TNH, k_TKH = apply_rope(qk, cos, sin).split([s.num_heads, s.num_kv_heads], dim=1)
+        q_TNH, k_TKH = torch.split(apply_rope(qk, cos, sin), [s.num_heads, s.num_kv_heads], dim=1)
         keys_XKH, values_XKH = kv
         keys_XKH.index_copy_(0, step.slots_T, k_TKH)
         values_XKH.index_copy_(0, step.slots_T, v_TKH)
@@ -104,7 +109,7 @@ class Attention:
 class MLP:
     """Gated MLP: down(act(gate(x)) * up(x))."""
 
-    def __init__(self, model: Decoder, source: WeightSource, layer: int):
+    def __init__(self, model: Decoder, source: WeightSource, layer: int) -> None:
         config = model.config
         name, size = f"model.layers.{layer}.mlp", config.intermediate_size
         own = model.dims.columns(size, "intermediate size")
@@ -116,7 +121,13 @@ class MLP:
             bias=config.mlp_bias,
         )
         self.down = RowParallel(
-            source, f"{name}.down_proj", (config.hidden_size, size), own, model.dims, model.collectives, bias=config.mlp_bias
+            source,
+            f"{name}.down_proj",
+            (config.hidden_size, size),
+            own,
+            model.dims,
+            model.collectives,
+            bias=config.mlp_bias,
         )
 
     def __call__(self, x_TD: torch.Tensor) -> torch.Tensor:
@@ -127,7 +138,7 @@ class MLP:
 class DecoderLayer:
     """Attention and MLP, each normed before (and in Gemma 2 also after) and added to the stream."""
 
-    def __init__(self, model: Decoder, source: WeightSource, layer: int):
+    def __init__(self, model: Decoder, source: WeightSource, layer: int) -> None:
         config, name = model.config, f"model.layers.{layer}"
 
         def norm(part: str) -> RMSNorm:
@@ -141,7 +152,12 @@ class DecoderLayer:
         self.after_mlp = norm("post_feedforward_layernorm") if config.has_post_norms else None
 
     def __call__(
-        self, x_TD: torch.Tensor, step: StepInput, kv: tuple[torch.Tensor, torch.Tensor], cos: torch.Tensor, sin: torch.Tensor
+        self,
+        x_TD: torch.Tensor,
+        step: StepInput,
+        kv: tuple[torch.Tensor, torch.Tensor],
+        cos: torch.Tensor,
+        sin: torch.Tensor,
     ) -> torch.Tensor:
         h = self.attention(self.before_attention(x_TD), step, kv, cos, sin)
         x_TD = x_TD + (self.after_attention(h) if self.after_attention else h)
@@ -162,7 +178,7 @@ class Decoder:
         device: torch.device,
         dims: ParallelDims | None = None,
         collectives: Collectives | None = None,
-    ):
+    ) -> None:
         """Load this rank's weights from `folder`; raises `ModelError` naming a missing or left-over tensor."""
         self.config, self.backend = config, backend
         self.dtype, self.device = dtype, device
@@ -181,7 +197,9 @@ class Decoder:
         self.norm = RMSNorm(config, source, "model.norm", config.hidden_size) if is_last else None
         if is_last:
             tied = config.tie_embeddings
-            self.head = self.embedding if tied else VocabularyParallel(source, head, vocabulary, self.dims, self.collectives)
+            self.head = (
+                self.embedding if tied else VocabularyParallel(source, head, vocabulary, self.dims, self.collectives)
+            )
         if self.dims.pp == 1:
             source.finish(unused=("lm_head.weight",) if config.tie_embeddings else ())
         cos, sin = rope_table(config, device)

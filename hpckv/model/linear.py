@@ -19,7 +19,7 @@ from hpckv.model.weights import WeightSource
 class Linear:
     """y = x W^T + b for weights that are already this rank's own."""
 
-    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None = None):
+    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None = None) -> None:
         self.out_features, self.in_features = weight.shape
         self.bias = bias
         self._is_packed = weight.device.type == "cpu" and weight.dtype == torch.bfloat16 and _can_pack()
@@ -27,12 +27,13 @@ class Linear:
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         if self._is_packed:
-            return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
+            packed: torch.Tensor = torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
+            return packed
         return F.linear(x, self.weight, self.bias)
 
 
 def _can_pack() -> bool:
-    return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return hasattr(torch.ops.mkldnn, "_linear_pointwise") and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
 def column_parallel(
@@ -57,7 +58,7 @@ class RowParallel:
         collectives: Collectives,
         *,
         bias: bool = False,
-    ):
+    ) -> None:
         self.collectives = collectives
         weight = source.take(f"{name}.weight", shape, columns=columns)
         whole_bias = source.take(f"{name}.bias", shape[:1]) if bias else None
@@ -72,7 +73,7 @@ class VocabularyParallel:
 
     def __init__(
         self, source: WeightSource, name: str, shape: tuple[int, int], dims: ParallelDims, collectives: Collectives
-    ):
+    ) -> None:
         self.collectives = collectives
         self.vocab_size = shape[0]
         share = -(-shape[0] // dims.tp)

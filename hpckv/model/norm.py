@@ -12,7 +12,7 @@ from hpckv.model.weights import WeightSource
 class RMSNorm:
     """x / rms(x) * weight; with `norm_adds_one`, times 1 + weight in fp32."""
 
-    def __init__(self, config: ModelConfig, source: WeightSource, name: str, size: int):
+    def __init__(self, config: ModelConfig, source: WeightSource, name: str, size: int) -> None:
         self.eps = config.norm_eps
         self.size = (size,)
         self.adds_one = config.norm_adds_one

@@ -19,13 +19,13 @@ Message = Mapping[str, Any]
 class Tokenizer:
     """The folder's `tokenizer.json` and chat template. Raises `ModelError` if there is no tokenizer."""
 
-    def __init__(self, folder: Path):
+    def __init__(self, folder: Path) -> None:
         file = folder / "tokenizer.json"
         if not file.exists():
             raise ModelError(f"{file}: missing; without it only prompts of token ids can be run")
         try:
             self._fast = FastTokenizer.from_file(str(file))
-        except Exception as error:  # the library raises plain Exception
+        except Exception as error:  # noqa: BLE001 - the library raises plain Exception
             raise ModelError(f"{file}: not readable as a tokenizer ({error})") from None
         settings = folder / "tokenizer_config.json"
         self._config: dict[str, Any] = json.loads(settings.read_text(encoding="utf-8")) if settings.exists() else {}
@@ -75,7 +75,7 @@ class Tokenizer:
 class TextStream:
     """Text of a growing answer, decoded a few tokens at a time; an unfinished character is held back."""
 
-    def __init__(self, tokenizer: Tokenizer):
+    def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
         self._done = 0
         """Tokens before this one are in `text` for good."""
@@ -108,7 +108,9 @@ def _find_template(folder: Path, config: Mapping[str, Any]) -> jinja2.Template |
         source = next((t["template"] for t in source if t.get("name") == "default"), None)
     if not source:
         return None
-    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"])
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
+    )
     environment.filters["tojson"] = lambda value, **options: json.dumps(value, ensure_ascii=False, **options)
     environment.globals["raise_exception"] = _raise
     return environment.from_string(source)

@@ -47,7 +47,7 @@ def stored_bytes(folder: Path) -> int:
 class WeightSource:
     """Hands out each tensor once. Use: construct, let the model `take` its tensors, then `finish()`."""
 
-    def __init__(self, folder: Path, *, dtype: torch.dtype, device: torch.device):
+    def __init__(self, folder: Path, *, dtype: torch.dtype, device: torch.device) -> None:
         self.dtype = dtype
         self.device = device
         self._where: dict[str, tuple[Path, Any]] = {}
@@ -57,20 +57,23 @@ class WeightSource:
                 handle = safe_open(file, framework="pt")
             except (SafetensorError, OSError) as error:
                 raise ModelError(f"{file}: damaged or truncated safetensors ({error})") from None
-            for name in handle.keys():  # noqa: SIM118 - a safetensors handle is no mapping
-                self._where[name] = (file, handle)
+            self._where.update((name, (file, handle)) for name in handle.offset_keys())
 
     def has(self, name: str) -> bool:
         return name in self._where
 
-    def take(self, name: str, shape: Sequence[int], rows: slice | None = None, columns: slice | None = None) -> torch.Tensor:
+    def take(
+        self, name: str, shape: Sequence[int], rows: slice | None = None, columns: slice | None = None
+    ) -> torch.Tensor:
         """A tensor whose whole shape is `shape`, or the given rows and columns of it, in the model's dtype."""
         if name not in self._where:
             raise ModelError(f"tensor {name} is missing from the model's safetensors")
         file, handle = self._where[name]
         part = handle.get_slice(name)
         if tuple(part.get_shape()) != tuple(shape):
-            raise ModelError(f"{file}: tensor {name} has shape {part.get_shape()}, the configuration says {list(shape)}")
+            raise ModelError(
+                f"{file}: tensor {name} has shape {part.get_shape()}, the configuration says {list(shape)}"
+            )
         self._taken.add(name)
         try:
             tensor: torch.Tensor = part[rows or slice(None)] if columns is None else part[rows or slice(None), columns]
@@ -82,7 +85,11 @@ class WeightSource:
 
     def finish(self, *, unused: Sequence[str] = ()) -> None:
         """Raise `ModelError` naming tensors that nobody took, `unused` names and known buffers aside."""
-        left = [n for n in self._where if n not in self._taken and n not in unused and not n.endswith(_IGNORED_SUFFIXES)]
+        left = [
+            n for n in self._where if n not in self._taken and n not in unused and not n.endswith(_IGNORED_SUFFIXES)
+        ]
         if left:
             more = f" and {len(left) - 3} more" if len(left) > 3 else ""
-            raise ModelError(f"left-over tensors that this architecture does not use: {', '.join(sorted(left)[:3])}{more}")
+            raise ModelError(
+                f"left-over tensors that this architecture does not use: {', '.join(sorted(left)[:3])}{more}"
+            )

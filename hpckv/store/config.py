@@ -8,7 +8,7 @@ from hpckv.quantity import ByteSize
 from hpckv.schema import Config
 
 
-class StoreConfig(Config):
+class StoreConfig(Config, frozen=True):
     """Where prefixes are kept between runs. Without this section nothing is, and everything else works."""
 
     shared: str

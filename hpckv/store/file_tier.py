@@ -44,7 +44,7 @@ class FileTier(Tier):
         seal_s: float = 60.0,
         refresh_s: float = 5.0,
         is_read_only: bool = False,
-    ):
+    ) -> None:
         """`folders` is the store's `u/` directory, whose */seg/NAMESPACE folders are read."""
         self.name = name
         self.geometry = context.geometry
@@ -261,7 +261,7 @@ class FileTier(Tier):
         while (blocks := self._work.get()) is not None:
             try:
                 self._seal(blocks)
-            except Exception as error:  # any failure here only costs a later recomputation
+            except Exception as error:  # noqa: BLE001 - any failure here only costs a later recomputation
                 with self._lock:
                     self._is_writing = False
                     self.stats.dropped += len(blocks)

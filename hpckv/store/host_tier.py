@@ -17,7 +17,7 @@ class HostTier(Tier):
 
     survives_process = False
 
-    def __init__(self, geometry: BlockGeometry, *, budget_bytes: int, name: str = "host"):
+    def __init__(self, geometry: BlockGeometry, *, budget_bytes: int, name: str = "host") -> None:
         self.name = name
         self.geometry = geometry
         self.stats = TierStats()

@@ -61,7 +61,8 @@ def build_segment(context: SegmentContext, blocks: Sequence[StoredBlock]) -> byt
         "parents": np.frombuffer(b"".join(b.parent for b in blocks), np.uint8).reshape(count, KEY_BYTES),
         "positions": np.array([b.position for b in blocks], dtype="<u8"),
         "digests": np.frombuffer(
-            b"".join(geometry.digests(context.epoch_key, b.key, memoryview(b.payload).cast("B")) for b in blocks), np.uint8
+            b"".join(geometry.digests(context.epoch_key, b.key, memoryview(b.payload).cast("B")) for b in blocks),
+            np.uint8,
         ).reshape(count, len(geometry.tiles), DIGEST_BYTES),
     }
     image, offsets = _hdf5_image(context, tables, count)
@@ -77,9 +78,7 @@ def _place(image: bytearray, at: int, data: bytes | bytearray | memoryview) -> N
     image[at : at + len(view)] = view
 
 
-def _hdf5_image(
-    context: SegmentContext, tables: dict[str, np.ndarray], count: int
-) -> tuple[bytearray, dict[str, int]]:
+def _hdf5_image(context: SegmentContext, tables: dict[str, np.ndarray], count: int) -> tuple[bytearray, dict[str, int]]:
     """An HDF5 file in memory with every dataset allocated, and where each begins. Payloads are filled in later."""
     geometry = context.geometry
     access = h5py.h5p.create(h5py.h5p.FILE_ACCESS)
@@ -150,7 +149,7 @@ def _tables_digest(epoch_key: bytes, *tables: bytes) -> bytes:
 class Segment:
     """An open segment file, authenticated. Its blocks are verified one by one as they are read."""
 
-    def __init__(self, path: Path, context: SegmentContext, trusted_uids: frozenset[int] | None = None):
+    def __init__(self, path: Path, context: SegmentContext, trusted_uids: frozenset[int] | None = None) -> None:
         """Open and check; raises `SegmentError` or `OSError`. `trusted_uids` None trusts every owner."""
         self.path = path
         self._context = context
@@ -181,7 +180,28 @@ class Segment:
         body, mac = trailer[:-_MAC_BYTES], trailer[-_MAC_BYTES:]
         if not body.startswith(MAGIC):
             raise SegmentError("no segment, or torn: its trailer is missing")
-        (_, version, _, size, count, tokens, dim, item, per_tile, *box, uid, epoch, _, o_keys, o_parents, o_positions, o_digests, o_kv, namespace, tables) = (  # fmt: skip
+        (
+            _,
+            version,
+            _,
+            size,
+            count,
+            tokens,
+            dim,
+            item,
+            per_tile,
+            *box,
+            uid,
+            epoch,
+            _,
+            o_keys,
+            o_parents,
+            o_positions,
+            o_digests,
+            o_kv,
+            namespace,
+            tables,
+        ) = (  # fmt: skip
             _FIELDS.unpack_from(body)
         )
         if version != FORMAT_VERSION:

@@ -5,6 +5,7 @@ Tiers are ordered from near to far. A block loaded from a far tier is put into t
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
@@ -32,7 +33,7 @@ FORMAT_VERSION = 1
 class TieredStore:
     """Blocks of one namespace over its tiers."""
 
-    def __init__(self, tiers: Sequence[Tier], *, epoch_key: bytes, reads: bool = True, writes: bool = True):
+    def __init__(self, tiers: Sequence[Tier], *, epoch_key: bytes, reads: bool = True, writes: bool = True) -> None:
         self.tiers = list(tiers)
         self.epoch_key = epoch_key
         self.reads, self.writes = reads, writes
@@ -59,7 +60,8 @@ class TieredStore:
         """Offer a computed block to every tier; whether any keeps it."""
         if not self.writes:
             return False
-        return any([tier.put(block) is not PutOutcome.DROPPED for tier in self.tiers])
+        outcomes = [tier.put(block) for tier in self.tiers]
+        return any(outcome is not PutOutcome.DROPPED for outcome in outcomes)
 
     def flush(self) -> None:
         for tier in self.tiers:
@@ -126,10 +128,10 @@ def _make_store(root: Path) -> None:
         _publish_once(root / "key" / "0.key", secrets.token_bytes(32), mode=0o640)
         description = {"format": FORMAT, "version": FORMAT_VERSION, "uuid": secrets.token_hex(16), "epoch": 0}
         _publish_once(marker, json.dumps(description, indent=2).encode(), mode=0o640)
-    description = _read_marker(marker)
-    if description.get("format") != FORMAT:
+    found = _read_marker(marker)
+    if found.get("format") != FORMAT:
         raise StoreError(f"{marker}: not an hpckv store")
-    if description.get("version") != FORMAT_VERSION:
+    if found.get("version") != FORMAT_VERSION:
         raise StoreError(f"{marker}: store version {description.get('version')}, this program reads {FORMAT_VERSION}")
 
 
@@ -149,10 +151,8 @@ def _read_key(root: Path) -> bytes:
 
 
 def _publish_once(path: Path, content: bytes, *, mode: int) -> None:
-    try:
+    with contextlib.suppress(FileExistsError):  # another process made the store in the same moment; its file holds
         publish(path, [content], mode=mode, replace=False)
-    except FileExistsError:
-        pass  # another process made the store in the same moment; its file holds
 
 
 def _verify_identity(path: Path, namespace: Namespace) -> None:

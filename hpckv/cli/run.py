@@ -1,0 +1,45 @@
+"""`hpckv run`: answer a file of prompts here, in this process."""
+
+from __future__ import annotations
+
+import logging
+import os
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from hpckv.workload import drain
+from hpckv.workload.runfile import load_run
+
+
+def run(
+    runfile: Annotated[Path, typer.Argument(metavar="RUN.yaml", help="The run file.")],
+    *,
+    sets: Annotated[list[str] | None, typer.Option("--set", metavar="A.B=C", help="Override one setting.")] = None,
+    batch_input: Annotated[
+        str | None, typer.Option("--input", metavar="FILE", help="Prompts, instead of the run file's.")
+    ] = None,
+    output: Annotated[
+        str | None, typer.Option("--output", metavar="DIR", help="Run directory, instead of the run file's.")
+    ] = None,
+    skip_bad_lines: Annotated[
+        bool, typer.Option("--skip-bad-lines", help="Answer the rest; bad lines go to errors.jsonl.")
+    ] = False,
+    allow_errors: Annotated[bool, typer.Option("--allow-errors", help="Exit 0 also when requests failed.")] = False,
+) -> None:
+    """Run a batch: every prompt is answered once, in DIR/output.jsonl. Started again, it goes on where it stopped.
+
+    Example: hpckv run examples/demo.yaml --set engine.max_requests=64 --output runs/second
+
+    Exit codes: 0 all answered; 3 some requests failed; 64 wrong flag or setting; 65 bad input line; 66 missing input;
+    69 model or store unusable; 73 output cannot be written; 75 stopped by a signal, run again; 78 does not fit this machine.
+    """
+    # The signal thread comes before anything that starts threads of its own (torch does at import).
+    watcher = drain.install()
+    config = load_run(runfile, flags={"input": batch_input, "output": output}, sets=sets or (), environ=os.environ)
+    from hpckv.workload.run import RunOptions, run_batch
+
+    is_quiet = not logging.getLogger("hpckv").isEnabledFor(logging.INFO)
+    options = RunOptions(skips_bad_lines=skip_bad_lines, allows_errors=allow_errors, is_quiet=is_quiet)
+    raise typer.Exit(run_batch(config, options, watcher))

@@ -1,0 +1,50 @@
+"""Signals that ask a run to stop: caught by one thread, seen between steps. No torch.
+
+`install()` must run before any other thread exists (so before torch is imported): it blocks the signals in the whole
+process, and a thread takes them with `sigwait`. No handler ever interrupts the interpreter inside a library.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import threading
+
+_log = logging.getLogger(__name__)
+
+DRAIN_SIGNALS = frozenset({signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT})
+
+
+class Drain:
+    """Becomes `requested` when a drain signal arrives; a second SIGINT or SIGTERM ends the process at once."""
+
+    def __init__(self) -> None:
+        self._event = threading.Event()
+        self.signal: signal.Signals | None = None
+
+    @property
+    def requested(self) -> bool:
+        return self._event.is_set()
+
+    def request(self, by: signal.Signals) -> None:
+        """Ask for the drain as if `by` had arrived."""
+        self.signal = self.signal or by
+        self._event.set()
+
+
+def install() -> Drain:
+    """Block the drain signals and start the thread that waits for them."""
+    drain = Drain()
+    signal.pthread_sigmask(signal.SIG_BLOCK, DRAIN_SIGNALS)
+    threading.Thread(target=_wait, args=(drain,), name="hpckv-signals", daemon=True).start()
+    return drain
+
+
+def _wait(drain: Drain) -> None:
+    while True:
+        received = signal.Signals(signal.sigwait(DRAIN_SIGNALS))
+        if drain.requested and received in (signal.SIGINT, signal.SIGTERM):
+            os._exit(128 + received)  # asked twice: now
+        _log.warning("%s: finishing this step, keeping all answers, then stopping", received.name)
+        drain.request(received)
