@@ -9,6 +9,7 @@ again later (mostly found in the cache).
 from __future__ import annotations
 
 import heapq
+import itertools
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -74,7 +75,8 @@ class Scheduler:
         self.cache = cache
         self.stats = SchedulerStats()
         self.running: list[RunningSequence] = []
-        self._waiting: list[tuple[tuple[int, int], RunningSequence]] = []
+        self._waiting: list[tuple[tuple[int, int], int, RunningSequence]] = []
+        self._arrivals = itertools.count()
         self._held: dict[bytes, list[RunningSequence]] = defaultdict(list)
         self._chunk = config.chunk_tokens or config.max_batch_tokens
 
@@ -83,7 +85,7 @@ class Scheduler:
         return len(self.running) + len(self._waiting) + sum(map(len, self._held.values()))
 
     def add(self, seq: RunningSequence) -> None:
-        heapq.heappush(self._waiting, (seq.order, seq))
+        heapq.heappush(self._waiting, (seq.order, next(self._arrivals), seq))
 
     def next_step(self) -> StepPlan:
         """Choose the next forward's tokens and take their pages. Empty only when nothing is left."""
@@ -108,7 +110,7 @@ class Scheduler:
 
     def drop_unstarted(self) -> list[RunningSequence]:
         """Forget everything that is not running (a drain); returns it."""
-        dropped = [seq for _, seq in self._waiting] + [seq for held in self._held.values() for seq in held]
+        dropped = [seq for *_, seq in self._waiting] + [seq for held in self._held.values() for seq in held]
         self._waiting.clear()
         self._held.clear()
         return dropped

@@ -1,0 +1,41 @@
+"""Shared fixtures: tiny checkpoints (made once a session), one thread of arithmetic noise less, integrity after every test."""
+
+import os
+
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from hpckv.testing.tiny_model import make_checkpoint, make_tokenizer
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """checkpoint(family, seed=..., tokenizer=..., **config): a folder, made on first use."""
+    made: dict[str, Path] = {}
+
+    def get(family: str = "llama", *, tokenizer: bool = False, **options: Any) -> Path:
+        name = json.dumps([family, tokenizer, options], sort_keys=True)
+        if name not in made:
+            made[name] = make_checkpoint(tmp_path_factory.mktemp(family), family, **options)
+            if tokenizer:
+                make_tokenizer(made[name])
+        return made[name]
+
+    return get
+
+
+@pytest.fixture(autouse=True)
+def _device_checks(request: pytest.FixtureRequest) -> None:
+    if request.node.get_closest_marker("gpu"):
+        import torch
+
+        if not torch.cuda.is_available():
+            pytest.skip("no CUDA device here")
