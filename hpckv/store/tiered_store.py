@@ -132,7 +132,7 @@ def _make_store(root: Path) -> None:
     if found.get("format") != FORMAT:
         raise StoreError(f"{marker}: not an hpckv store")
     if found.get("version") != FORMAT_VERSION:
-        raise StoreError(f"{marker}: store version {description.get('version')}, this program reads {FORMAT_VERSION}")
+        raise StoreError(f"{marker}: store version {found.get('version')}, this program reads {FORMAT_VERSION}")
 
 
 def _read_marker(marker: Path) -> Mapping[str, object]:

@@ -1,0 +1,103 @@
+"""A changed anything is another namespace; a changed name is not."""
+
+import json
+import os
+
+import pytest
+
+from hpckv.errors import StoreError
+from hpckv.store import BlockGeometry, Identity, Namespace, StoreConfig, open_store, weights_digest
+from hpckv.store.segment import StoredBlock
+
+CONFIG = {"hidden_size": 8, "rope_theta": 10000.0, "rope_scaling": None, "_name_or_path": "a"}
+REPRESENTATION = {"dtype": "float32", "block_tokens": 16, "layers_per_tile": 4, "numerics": "fast"}
+GEOMETRY = BlockGeometry(num_kv_heads=1, num_layers=1, block_tokens=16, head_dim=2, item_bytes=4)
+
+
+def namespace(*, weights="w", config=CONFIG, representation=REPRESENTATION, **identity):
+    return Namespace(Identity(weights=weights, config=config, **identity), representation)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"weights": "v"},
+        {"config": {**CONFIG, "rope_theta": 10001.0}},
+        {"config": {**CONFIG, "rope_scaling": {"factor": 2.0}}},
+        {"config": {**CONFIG, "a_field_nobody_knows": 1}},
+        {"quantization": "fp8-rowwise"},
+        {"adapter": "lora"},
+        {"representation": {**REPRESENTATION, "dtype": "bfloat16"}},
+        {"representation": {**REPRESENTATION, "block_tokens": 64}},
+        {"representation": {**REPRESENTATION, "layers_per_tile": 2}},
+        {"representation": {**REPRESENTATION, "numerics": "strict"}},
+    ],
+)
+def test_one_change_gives_another_namespace(change):
+    assert namespace(**change).name != namespace().name
+    changes_identity = "representation" not in change
+    assert (namespace(**change).identity.digest != namespace().identity.digest) == changes_identity
+
+
+def test_names_do_not_count():
+    assert namespace(config={**CONFIG, "_name_or_path": "b"}).name == namespace().name
+
+
+def test_the_weights_digest_is_of_content_alone(tmp_path):
+    for folder in ("a", "b"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "x.safetensors").write_bytes(b"1" * 1000)
+    digest = weights_digest([tmp_path / "a" / "x.safetensors"])
+    assert digest == weights_digest([tmp_path / "b" / "x.safetensors"])
+    (tmp_path / "b" / "x.safetensors").write_bytes(b"1" * 999 + b"2")
+    assert digest != weights_digest([tmp_path / "b" / "x.safetensors"])
+
+
+def store(folder, **options):
+    return open_store(StoreConfig(shared=str(folder), write="all", **options), namespace(), GEOMETRY)
+
+
+def test_a_store_is_made_once_and_opened_again(tmp_path):
+    first, second = store(tmp_path / "kv"), store(tmp_path / "kv")
+    assert first.epoch_key == second.epoch_key
+    identity = json.loads(next((tmp_path / "kv").glob("u/*/seg/*/identity.json")).read_text())
+    assert identity["identity"]["weights"] == "w"
+    assert oct((tmp_path / "kv" / "key" / "0.key").stat().st_mode)[-3:] == "640"
+
+
+def test_a_block_passes_from_one_process_life_to_the_next_and_is_promoted(tmp_path):
+    block = StoredBlock(b"k" * 32, bytes(32), 0, bytes(range(128)) * 2)
+    first = store(tmp_path / "kv")
+    assert first.save(block)
+    first.close()
+    second = store(tmp_path / "kv")
+    buffer = memoryview(bytearray(GEOMETRY.block_bytes))
+    assert second.load(block, buffer) == "shared"
+    assert bytes(buffer) == block.payload
+    assert second.load(block, buffer) == "host"
+    second.close()
+
+
+@pytest.mark.parametrize("damage", ["marker", "version", "key", "foreign", "identity"])
+def test_a_damaged_or_foreign_store_is_refused_in_one_line(tmp_path, damage):
+    folder = tmp_path / "kv"
+    store(folder).close()
+    if damage == "marker":
+        (folder / "STORE.json").unlink()
+        (folder / "STORE.json").write_text("{")
+    elif damage == "version":
+        (folder / "STORE.json").unlink()
+        (folder / "STORE.json").write_text('{"format": "hpckv store", "version": 99}')
+    elif damage == "key":
+        (folder / "key" / "0.key").write_bytes(b"short")
+    elif damage == "foreign":
+        folder = tmp_path / "home"
+        folder.mkdir()
+        (folder / "thesis.tex").write_text("x")
+    else:
+        path = next(folder.glob("u/*/seg/*/identity.json"))
+        os.chmod(path, 0o600)
+        path.write_text("{}")
+    with pytest.raises(StoreError) as caught:
+        store(folder)
+    assert "\n" not in str(caught.value)

@@ -1,0 +1,220 @@
+"""Every tier keeps the contract; and what only the file tier promises: durable, checked, foreign files refused."""
+
+import os
+import stat
+from pathlib import Path
+
+import h5py
+import numpy as np
+import pytest
+
+from hpckv.store.file_tier import FileTier
+from hpckv.store.host_tier import HostTier
+from hpckv.store.segment import Segment, SegmentContext, SegmentError, build_segment
+from hpckv.store.tier import PutOutcome
+from hpckv.testing.tier_suite import GEOMETRY, TierSuite, make_block
+
+CONTEXT = SegmentContext(
+    namespace=b"\x07" * 32, namespace_json=b'{"name":"test"}', geometry=GEOMETRY, epoch=0, epoch_key=b"k" * 32
+)
+
+
+def make_file_tier(folder: Path, **options) -> FileTier:
+    own = folder / "u" / str(os.getuid()) / "seg" / CONTEXT.namespace.hex()
+    own.mkdir(parents=True, exist_ok=True)
+    return FileTier(folder / "u", own, CONTEXT, **{"refresh_s": 0.0, **options})
+
+
+class TestHostTier(TierSuite):
+    def make_tier(self, folder):
+        return HostTier(GEOMETRY, budget_bytes=64 * GEOMETRY.block_bytes)
+
+
+class TestFileTier(TierSuite):
+    def make_tier(self, folder):
+        return make_file_tier(folder)
+
+
+def test_under_pressure_a_put_is_dropped_and_what_was_stored_is_served(tmp_path):
+    tier = make_file_tier(tmp_path, segment_bytes=3 * GEOMETRY.block_bytes)
+    outcomes = [tier.put(make_block(n)) for n in range(200)]
+    tier.close()
+    stored = [n for n, outcome in enumerate(outcomes) if outcome is PutOutcome.STORED]
+    assert tier.stats.dropped == 200 - len(stored) > 0
+    assert len(segments(tmp_path)) == -(-len(stored) // 3)
+    found = readable(tmp_path, 200)
+    assert [n for n in range(200) if found[n]] == stored
+
+
+def segments(folder: Path) -> list[Path]:
+    return sorted(folder.glob("u/*/seg/*/*.h5"))
+
+
+def stored_segment(folder: Path, count: int = 6) -> Path:
+    tier = make_file_tier(folder)
+    for number in range(count):
+        tier.put(make_block(number))
+    tier.close()
+    (path,) = segments(folder)
+    return path
+
+
+def readable(folder: Path, count: int = 6) -> list[bool]:
+    tier = make_file_tier(folder)
+    found = []
+    for number in range(count):
+        buffer = bytearray(GEOMETRY.block_bytes)
+        hit = tier.get(make_block(number).key, memoryview(buffer))
+        assert not hit or bytes(buffer) == make_block(number).payload
+        found.append(hit)
+    tier.close()
+    return found
+
+
+def test_hdf5_tools_open_a_segment(tmp_path):
+    path = stored_segment(tmp_path)
+    with h5py.File(path) as file:
+        assert file.attrs["format"] == "hpckv segment"
+        assert list(file.attrs["kv_shape"]) == [3, 5, 2, 4, 6]
+        assert bytes(file["keys"][2]) == make_block(2).key
+        assert file["positions"][:].tolist() == [0, 4, 8, 12, 16, 20]
+        assert file["kv"][3].tobytes() == make_block(3).payload
+        assert file["box"][:].tolist() == [0, 3, 0, 5]
+        assert file["digests"].shape == (6, len(GEOMETRY.tiles), 16)
+        assert file["kv"].id.get_offset() % 4096 == 0
+
+
+def test_a_segment_is_read_only_and_leaves_no_temporary_file(tmp_path):
+    path = stored_segment(tmp_path)
+    assert stat.S_IMODE(path.stat().st_mode) == 0o440
+    assert [p.name for p in path.parent.iterdir()] == [path.name]
+
+
+@pytest.mark.filterwarnings("default")
+def test_every_bit_of_the_trailer_and_tables_matters(tmp_path):
+    path = stored_segment(tmp_path)
+    good = path.read_bytes()
+    with h5py.File(path) as file:
+        tables = [(file[n].id.get_offset(), file[n].id.get_storage_size()) for n in ("keys", "parents", "positions", "digests")]
+    places = [*range(len(good) - 512, len(good)), *(at + i for at, size in tables for i in range(size))]
+    copy = tmp_path / "copy.h5"
+    for place in places:
+        for bit in (0, 3, 7):
+            damaged = bytearray(good)
+            damaged[place] ^= 1 << bit
+            copy.write_bytes(damaged)
+            copy.chmod(0o440)
+            with pytest.raises(SegmentError):
+                Segment(copy, CONTEXT)
+            copy.unlink()
+
+
+def test_random_payload_flips_are_never_served(tmp_path):
+    path = stored_segment(tmp_path)
+    good = path.read_bytes()
+    with h5py.File(path) as file:
+        start = file["kv"].id.get_offset()
+    rng = np.random.default_rng(1)
+    copy = tmp_path / "copy.h5"
+    buffer = memoryview(bytearray(GEOMETRY.block_bytes))
+    for _ in range(300):
+        damaged = bytearray(good)
+        place = int(rng.integers(6 * GEOMETRY.block_bytes))
+        damaged[start + place] ^= 1 << int(rng.integers(8))
+        copy.write_bytes(damaged)
+        copy.chmod(0o440)
+        segment = Segment(copy, CONTEXT)
+        for row in range(6):
+            if row == place // GEOMETRY.block_bytes:
+                with pytest.raises(SegmentError):
+                    segment.read(row, buffer)
+            else:
+                segment.read(row, buffer)
+                assert bytes(buffer) == make_block(row).payload
+        segment.close()
+        copy.unlink()
+
+
+def test_every_truncation_is_refused(tmp_path):
+    good = bytes(build_segment(CONTEXT, [make_block(1)]))
+    copy = tmp_path / "copy.h5"
+    for length in range(0, len(good), 97):
+        copy.write_bytes(good[:length])
+        copy.chmod(0o440)
+        with pytest.raises(SegmentError):
+            Segment(copy, CONTEXT)
+        copy.unlink()
+
+
+def test_a_damaged_or_vanished_segment_is_a_miss_counted_by_cause(tmp_path):
+    path = stored_segment(tmp_path)
+    tier = make_file_tier(tmp_path, refresh_s=1e9)
+    buffer = memoryview(bytearray(GEOMETRY.block_bytes))
+    assert tier.get(make_block(0).key, buffer)
+    tier._forget_file(path)
+    path.unlink()
+    assert not tier.get(make_block(0).key, buffer)
+    assert tier.stats.misses == {"gone": 1}
+    assert not tier.contains(make_block(1).key)
+    tier.close()
+
+
+@pytest.mark.parametrize("spoil", ["group writable", "link", "fifo", "other key", "other namespace", "empty", "not hdf5"])
+def test_unsafe_and_foreign_files_are_passed_over(tmp_path, spoil):
+    path = stored_segment(tmp_path)
+    good = path.read_bytes()
+    path.unlink()
+    if spoil == "group writable":
+        path.write_bytes(good)
+        path.chmod(0o660)
+    elif spoil == "link":
+        (tmp_path / "real.h5").write_bytes(good)
+        path.symlink_to(tmp_path / "real.h5")
+    elif spoil == "fifo":
+        os.mkfifo(path)
+    elif spoil in ("other key", "other namespace"):
+        changed = {"epoch_key": b"x" * 32} if spoil == "other key" else {"namespace": b"\x08" * 32}
+        context = SegmentContext(**{**CONTEXT.__dict__, **changed})
+        path.write_bytes(build_segment(context, [make_block(n) for n in range(6)]))
+        path.chmod(0o440)
+    else:
+        path.write_bytes(b"" if spoil == "empty" else b"hello" * 500)
+        path.chmod(0o440)
+    assert readable(tmp_path) == [False] * 6
+
+
+def test_two_instances_see_each_others_segments_after_a_refresh(tmp_path):
+    first, second = make_file_tier(tmp_path), make_file_tier(tmp_path)
+    first.put(make_block(1))
+    first.flush()
+    assert second.contains(make_block(1).key)
+    first.evict(1)
+    assert not second.contains(make_block(1).key)
+    first.close()
+    second.close()
+
+
+def test_a_full_disk_turns_writing_off_and_hurts_nobody(tmp_path, monkeypatch):
+    tier = make_file_tier(tmp_path)
+    tier.put(make_block(1))
+
+    def full(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("hpckv.store.file_tier.publish", full)
+    tier.flush()
+    buffer = memoryview(bytearray(GEOMETRY.block_bytes))
+    assert not tier.get(make_block(1).key, buffer)
+    assert tier.put(make_block(2)) is PutOutcome.DROPPED
+    tier.close()
+    assert segments(tmp_path) == []
+
+
+def test_the_host_tier_keeps_to_its_budget_least_recently_used_first():
+    tier = HostTier(GEOMETRY, budget_bytes=3 * GEOMETRY.block_bytes)
+    buffer = memoryview(bytearray(GEOMETRY.block_bytes))
+    for number in range(3):
+        tier.put(make_block(number))
+    assert tier.get(make_block(0).key, buffer)
+    tier.put(make_block(3))
+    assert [tier.contains(make_block(n).key) for n in range(4)] == [True, False, True, True]
