@@ -79,13 +79,17 @@ def question(key: Key) -> str:
     return f"Where is the {key[0]} {key[1]}?"
 
 
-def make_catalogue(rng: random.Random, num_records: int) -> Catalogue:
-    """Draw `num_records` distinct keys; about `ALIAS_SHARE` of them are aliases of direct ones."""
-    cells = rng.sample(range(len(ADJECTIVES) * len(ANIMALS)), num_records)
-    keys = [(ADJECTIVES[c // len(ANIMALS)], ANIMALS[c % len(ANIMALS)]) for c in cells]
+def make_catalogue(rng: random.Random, num_records: int, num_words: int = 96) -> Catalogue:
+    """Draw `num_records` distinct keys, about `ALIAS_SHARE` of them aliases of direct ones.
+
+    `num_words` bounds the words of each kind in use (all there are by default).
+    """
+    adjectives, animals, places = (words[:num_words] for words in (ADJECTIVES, ANIMALS, PLACES))
+    cells = rng.sample(range(len(adjectives) * len(animals)), num_records)
+    keys = [(adjectives[c // len(animals)], animals[c % len(animals)]) for c in cells]
     num_alias = round(ALIAS_SHARE * num_records)
     direct = keys[num_alias:]
-    records: list[tuple[Key, str | Key]] = [(k, rng.choice(PLACES)) for k in direct]
+    records: list[tuple[Key, str | Key]] = [(k, rng.choice(places)) for k in direct]
     records += [(k, rng.choice(direct)) for k in keys[:num_alias]]
     rng.shuffle(records)
     return Catalogue(tuple(records))

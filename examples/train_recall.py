@@ -3,8 +3,8 @@
 
     python examples/train_recall.py --out examples/recall-1m --minutes 90
 
-Length curriculum: the context grows (40, 64, 96 ... 2,048 tokens of catalogue) whenever held-out accuracy on single
-look-ups passes 97 %; the loss is taken on the answers only. Writes a Hugging Face folder.
+A curriculum of words, then of length: the next stage begins whenever held-out accuracy on single look-ups passes 97 %;
+the loss is taken on the answers only. Writes a Hugging Face folder.
 Self-contained on purpose: the decoder here shares no line with `hpckv`, which must agree with it.
 """
 
@@ -16,6 +16,7 @@ import math
 import random
 import re
 import time
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
@@ -35,8 +36,6 @@ CHAT_TEMPLATE = (
     "{%- if add_generation_prompt -%}{{ '<|assistant|>' }}{%- endif -%}"
 )
 HIDDEN, LAYERS, HEADS, KV_HEADS, HEAD_DIM, FFN, CONTEXT = 128, 4, 4, 2, 64, 384, 2048
-DRILL_STEPS = 100000
-LENGTHS = (40, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048)
 
 
 def train_tokenizer() -> Tokenizer:
@@ -62,6 +61,9 @@ def train_tokenizer() -> Tokenizer:
     return tokenizer
 
 
+Row = tuple[list[int], list[int]]
+"""Token ids of a conversation, and 1 for each on which the loss is taken."""
+
 _WORDS = re.compile(r" ?[A-Za-z]+|[^ A-Za-z]")
 
 
@@ -82,7 +84,7 @@ class Encoder:
             self.cache[text] = self.tokenizer.encode(text, add_special_tokens=False).ids
         return self.cache[text]
 
-    def chat(self, turns: list[tuple[str, str]]) -> tuple[list[int], list[int]]:
+    def chat(self, turns: list[tuple[str, str]]) -> Row:
         """(ids, 1 where the token belongs to an answer)."""
         ids: list[int] = []
         mask: list[int] = []
@@ -138,7 +140,7 @@ class Recall(nn.Module):
         for name, p in self.named_parameters():
             if p.dim() == 2:
                 # Layers must start small beside the embedding, or they drown it and matching is learnt late.
-                scale = 0.5 / math.sqrt(2 * LAYERS) if name.endswith(("o_proj.weight", "down_proj.weight")) else 0.5
+                scale = 1 / math.sqrt(2 * LAYERS) if name.endswith(("o_proj.weight", "down_proj.weight")) else 1.0
                 nn.init.normal_(p, 0.0, 0.1 if "embed" in name else scale / math.sqrt(p.shape[1]))
         inv = 10000.0 ** (-torch.arange(0, HEAD_DIM, 2).float() / HEAD_DIM)
         angle = torch.outer(torch.arange(CONTEXT).float(), torch.cat((inv, inv)))
@@ -154,23 +156,38 @@ class Recall(nn.Module):
         return F.linear(self.norm(x[wanted]), self.embed_tokens.weight)
 
 
-def sample(
-    encoder: Encoder, rng: random.Random, length: int, questions: int, two_hop: float
-) -> tuple[list[int], list[int]]:
-    """A catalogue and a chat about it: (ids, 1 where the loss is taken)."""
-    num_records = max(4, (min(length, CONTEXT - 20 * questions) - 20) * 10 // 41)
-    catalogue: Catalogue = make_catalogue(rng, num_records)
+@dataclass(frozen=True)
+class Stage:
+    """How hard the task is: words of each kind in use, tokens of catalogue."""
+
+    words: int
+    length: int
+
+    @property
+    def questions(self) -> int:
+        return max(4, min(24, self.length // 24))
+
+
+STAGES = [Stage(8, 48), Stage(16, 48), Stage(32, 64), Stage(96, 64), Stage(96, 96)]
+STAGES += [Stage(96, n) for n in (128, 192, 256, 384, 512, 768, 1024, 1536, 2048)]
+"""Matching is learnt on few words and then carried over to all, on short catalogues and then on long ones."""
+
+
+def sample(encoder: Encoder, rng: random.Random, stage: Stage, questions: int, two_hop: float) -> Row:
+    """A catalogue and a chat about it."""
+    num_records = max(4, (min(stage.length, CONTEXT - 20 * questions) - 20) * 10 // 41)
+    catalogue: Catalogue = make_catalogue(rng, num_records, stage.words)
     pools: dict[int, list[Key]] = {1: catalogue.keys(1), 2: catalogue.keys(2)}
     keys = [rng.choice(pools[2] if pools[2] and rng.random() < two_hop else pools[1]) for _ in range(questions)]
     return encoder.chat(list(conversation(catalogue, keys)))
 
 
-def drill(encoder: Encoder, rng: random.Random, length: int) -> tuple[list[int], list[int]]:
+def drill(encoder: Encoder, rng: random.Random, stage: Stage) -> Row:
     """A catalogue recited in another order, the loss on the places only: every line is a look-up.
 
     Questions alone are so sparse a signal that matching is not learnt in hours; this teaches it in minutes.
     """
-    catalogue = make_catalogue(rng, max(4, (min(length, CONTEXT // 2) - 20) * 10 // 41))
+    catalogue = make_catalogue(rng, max(4, (min(stage.length, CONTEXT // 2) - 20) * 10 // 41), stage.words)
     lines = [(key, entry) for key, entry in catalogue.records if isinstance(entry, str)]
     rng.shuffle(lines)
     turns = [("system", catalogue.text()), ("user", "Recite."), ("assistant", Catalogue(tuple(lines)).text())]
@@ -179,17 +196,10 @@ def drill(encoder: Encoder, rng: random.Random, length: int) -> tuple[list[int],
     return ids, [int(m and i in places) for i, m in zip(ids, mask, strict=True)]
 
 
-def batch_of(
-    encoder: Encoder, rng: random.Random, length: int, size: int, questions: int, two_hop: float
-) -> tuple[torch.Tensor, torch.Tensor]:
-    return pad([sample(encoder, rng, length, questions, two_hop) for _ in range(size)])
-
-
-def pad(rows: list[tuple[list[int], list[int]]]) -> tuple[torch.Tensor, torch.Tensor]:
-    size = len(rows)
+def pad(rows: list[Row]) -> tuple[torch.Tensor, torch.Tensor]:
     width = min(CONTEXT, max(len(ids) for ids, _ in rows))
-    ids = torch.zeros(size, width, dtype=torch.long)
-    mask = torch.zeros(size, width, dtype=torch.bool)
+    ids = torch.zeros(len(rows), width, dtype=torch.long)
+    mask = torch.zeros(len(rows), width, dtype=torch.bool)
     for i, (row, wanted) in enumerate(rows):
         n = min(width, len(row))
         ids[i, :n] = torch.tensor(row[:n])
@@ -198,12 +208,12 @@ def pad(rows: list[tuple[list[int], list[int]]]) -> tuple[torch.Tensor, torch.Te
 
 
 @torch.no_grad()
-def accuracy(model: Recall, encoder: Encoder, length: int, two_hop: float, count: int, seed: int = 10**6) -> float:
+def accuracy(model: Recall, encoder: Encoder, stage: Stage, two_hop: float, count: int, seed: int = 10**6) -> float:
     """Share of questions whose every answer token is the argmax; one question a catalogue."""
-    rng = random.Random(seed + length)
+    rng = random.Random(seed + stage.length)
     right = 0
     for _ in range(0, count, 8):
-        ids, mask = batch_of(encoder, rng, length, 8, 1, two_hop)
+        ids, mask = pad([sample(encoder, rng, stage, 1, two_hop) for _ in range(8)])
         hit = model(ids[:, :-1], mask[:, 1:]).argmax(-1) == ids[:, 1:][mask[:, 1:]]
         right += sum(int(part.all()) for part in hit.split(mask.sum(1).tolist()))
     return right / (8 * math.ceil(count / 8))
@@ -248,7 +258,7 @@ def main() -> None:
     ap.add_argument("--minutes", type=float, default=90)
     ap.add_argument("--seed", type=int, default=0)
     ap.add_argument("--tokens", type=int, default=4096, help="tokens a step")
-    ap.add_argument("--lr", type=float, default=1.5e-3)
+    ap.add_argument("--lr", type=float, default=2e-3)
     args = ap.parse_args()
 
     torch.manual_seed(args.seed)
@@ -259,47 +269,47 @@ def main() -> None:
     decay = [p for p in model.parameters() if p.dim() == 2]
     rest = [p for p in model.parameters() if p.dim() != 2]
     optimizer = torch.optim.AdamW(
-        [{"params": decay, "weight_decay": 0.01}, {"params": rest, "weight_decay": 0.0}], lr=args.lr, betas=(0.9, 0.99)
+        [{"params": decay, "weight_decay": 0.01}, {"params": rest, "weight_decay": 0.0}], lr=args.lr, betas=(0.9, 0.98)
     )
     print(
         f"{sum(p.numel() for p in model.parameters()):,} parameters, vocabulary {tokenizer.get_vocab_size()}",
         flush=True,
     )
 
-    start, stage, step, seen = time.time(), 0, 0, 0
+    start, at, step, seen = time.time(), 0, 0, 0
     history: list[dict[str, object]] = []
     while (elapsed := time.time() - start) < args.minutes * 60:
         left = 1 - elapsed / (args.minutes * 60)
         for group in optimizer.param_groups:
             group["lr"] = args.lr * min(1, (step + 1) / 200) * min(1, 0.05 + left / 0.3)
         # Two batches in three at the stage's length, the rest below it, so that short prompts stay right.
-        length = LENGTHS[stage] if step % 3 else LENGTHS[rng.randrange(stage + 1)]
-        questions = max(4, min(24, length // 24))
-        if step % 2 and step < DRILL_STEPS:
-            ids, mask = pad([drill(encoder, rng, length) for _ in range(max(2, args.tokens // (2 * length)))])
+        stage = STAGES[at if step % 3 else rng.randrange(at + 1)]
+        if step % 2 and stage.length <= 512:
+            rows = [drill(encoder, rng, stage) for _ in range(max(2, args.tokens // (2 * stage.length)))]
         else:
-            ids, mask = batch_of(encoder, rng, length, max(2, args.tokens // (length + 15 * questions)), questions, 0.2)
-        logits = model(ids[:, :-1], mask[:, 1:])
-        loss = F.cross_entropy(logits, ids[:, 1:][mask[:, 1:]])
+            count = max(2, args.tokens // (stage.length + 15 * stage.questions))
+            rows = [sample(encoder, rng, stage, stage.questions, 0.2) for _ in range(count)]
+        ids, mask = pad(rows)
+        loss = F.cross_entropy(model(ids[:, :-1], mask[:, 1:]), ids[:, 1:][mask[:, 1:]])
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         step, seen = step + 1, seen + ids.numel()
         if step % 100 == 0:
-            score = accuracy(model, encoder, LENGTHS[stage], 0.0, 128)
-            print(f"{elapsed:6.0f} s  step {step:6d}  {seen / (time.time() - start):6.0f} tok/s  context {LENGTHS[stage]:4d}  "
-                  f"loss {loss.item():.3f}  single {score:.3f}  two-hop {accuracy(model, encoder, LENGTHS[stage], 1.0, 64):.3f}", flush=True)  # fmt: skip
-            if score > 0.97 and stage + 1 < len(LENGTHS):
-                history.append({"context": LENGTHS[stage], "step": step, "seconds": round(elapsed), "single": score})
-                stage += 1
+            single, two_hop = (accuracy(model, encoder, STAGES[at], share, 128) for share in (0.0, 1.0))
+            print(f"{elapsed:6.0f} s  step {step:6d}  {seen / (time.time() - start):6.0f} tok/s  {STAGES[at]}  "
+                  f"loss {loss.item():.3f}  single {single:.3f}  two-hop {two_hop:.3f}", flush=True)  # fmt: skip
+            if single > 0.97 and at + 1 < len(STAGES):
+                history.append({"stage": asdict(STAGES[at]), "step": step, "seconds": round(elapsed), "single": single})
+                at += 1
         if step % 500 == 0:
             save(model, tokenizer, args.out, {"finished": False})
 
     held_out = {
         str(n): {
-            "single": accuracy(model, encoder, n, 0.0, 1000, 2 * 10**6),
-            "two_hop": accuracy(model, encoder, n, 1.0, 1000, 3 * 10**6),
+            "single": accuracy(model, encoder, Stage(96, n), 0.0, 1000, 2 * 10**6),
+            "two_hop": accuracy(model, encoder, Stage(96, n), 1.0, 1000, 3 * 10**6),
         }
         for n in (256, 512, 1024, 2048)
     }

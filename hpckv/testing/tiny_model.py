@@ -37,7 +37,9 @@ _SHAPE: dict[str, Any] = {
 }
 
 
-def make_checkpoint(folder: Path, family: str = "llama", *, seed: int = 0, dtype: str = "float32", **changes: Any) -> Path:
+def make_checkpoint(
+    folder: Path, family: str = "llama", *, seed: int = 0, dtype: str = "float32", **changes: Any
+) -> Path:
     """Write a checkpoint of `family` with random weights into `folder`; `changes` go into its configuration.
 
     Queries and keys are drawn wide: near-uniform attention would hide a wrong cache.
@@ -81,6 +83,7 @@ def make_tokenizer(folder: Path, *, vocab_size: int = 307) -> None:
     tokenizer.add_special_tokens([AddedToken(s, special=True) for s in special])
     assert tokenizer.get_vocab_size() <= vocab_size
     tokenizer.save(str(folder / "tokenizer.json"))
-    template = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}{% if add_generation_prompt %}assistant: {% endif %}"
+    template = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
+    template += "{% if add_generation_prompt %}assistant: {% endif %}"
     config = {"eos_token": "</s>", "bos_token": "<s>", "chat_template": template}
     (folder / "tokenizer_config.json").write_text(json.dumps(config), encoding="utf-8")

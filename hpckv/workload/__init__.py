@@ -1,5 +1,1 @@
-"""One run on one allocation: input lines, plan, output, resume."""
-
-from hpckv.workload.runfile import RunConfig, load_run
-
-__all__ = ["RunConfig", "load_run"]
+"""One run on one allocation: input lines, plan, output, resume. Import its modules: signals must be blocked before numpy."""

@@ -1,7 +1,8 @@
 """Signals that ask a run to stop: caught by one thread, seen between steps. No torch.
 
-`install()` must run before any other thread exists (so before torch is imported): it blocks the signals in the whole
-process, and a thread takes them with `sigwait`. No handler ever interrupts the interpreter inside a library.
+`block_signals()` must run before any other thread exists, so before numpy and torch are imported: a thread inherits
+the mask, and one without it would let the signal end the process. `install()` starts the thread that takes the
+signals with `sigwait`. No handler ever interrupts the interpreter inside a library.
 """
 
 from __future__ import annotations
@@ -33,10 +34,20 @@ class Drain:
         self._event.set()
 
 
-def install() -> Drain:
-    """Block the drain signals and start the thread that waits for them."""
-    drain = Drain()
+def block_signals() -> None:
+    """Keep the drain signals pending in this thread and all that it starts."""
     signal.pthread_sigmask(signal.SIG_BLOCK, DRAIN_SIGNALS)
+
+
+def unblock_signals() -> None:
+    """Give the drain signals their ordinary effect again: for a process that does not drain."""
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, DRAIN_SIGNALS)
+
+
+def install() -> Drain:
+    """Start the thread that waits for the drain signals."""
+    drain = Drain()
+    block_signals()
     threading.Thread(target=_wait, args=(drain,), name="hpckv-signals", daemon=True).start()
     return drain
 

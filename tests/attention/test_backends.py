@@ -27,7 +27,16 @@ def make_chunks(rng: random.Random, *, consecutive: bool) -> list[SequenceChunk]
         rng.shuffle(pages)
     take = iter(pages)
     head, middle = [next(take) for _ in range(70)], [next(take) for _ in range(9)]
-    layouts = [(head + middle, 1), (head + middle, 1), (head + middle, 13), (head, 1), (head, 5), ([], 9), ([], 1), (head[:3], 13)]
+    layouts = [
+        (head + middle, 1),
+        (head + middle, 1),
+        (head + middle, 13),
+        (head, 1),
+        (head, 5),
+        ([], 9),
+        ([], 1),
+        (head[:3], 13),
+    ]
     chunks = []
     for shared, count in layouts:
         start = len(shared) * SIZE + rng.randint(0, 9)

@@ -3,8 +3,8 @@
 import torch
 
 from hpckv.engine.engine import Engine
-from hpckv.engine.request import RunningSequence, SamplingParams
 from hpckv.engine.request import Request as EngineRequest
+from hpckv.engine.request import RunningSequence, SamplingParams
 from hpckv.engine.scheduler import ScheduledChunk, StepPlan
 
 

@@ -119,7 +119,12 @@ def test_no_block_is_computed_twice_in_one_batch():
 
 
 @settings(max_examples=40, deadline=None)
-@given(seed=st.integers(0, 10**6), pages=st.integers(24, 60), chunk=st.sampled_from([0, 1, 3, 17]), requests=st.integers(1, 12))
+@given(
+    seed=st.integers(0, 10**6),
+    pages=st.integers(24, 60),
+    chunk=st.sampled_from([0, 1, 3, 17]),
+    requests=st.integers(1, 12),
+)
 def test_texts_do_not_depend_on_memory_chunks_or_batch_size(seed, pages, chunk, requests):
     prompts = tree_of_prompts(seed, heads=2, documents=2, questions=3)
     roomy = Simulation(prompts, pages=2000).run()

@@ -112,9 +112,7 @@ def test_the_store_changes_no_bit(checkpoint, tmp_path):
     engines = []
     for _ in range(2):
         engine = make_engine(folder, "float32", "cpu")
-        engine = Engine(
-            engine.settings, store=str(tmp_path / "kv"), cache=engine.cache_config, engine=engine.config
-        )
+        engine = Engine(engine.settings, store=str(tmp_path / "kv"), cache=engine.cache_config, engine=engine.config)
         engine._writes = "all"
         engines.append((run(engine, {"a": prompt}, ["a"]), engine))
         engine.close()

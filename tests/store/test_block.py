@@ -12,9 +12,13 @@ IDENTITY = b"\x11" * 32
 
 def test_golden_vectors_follow_from_the_definition():
     check_golden_vector()
-    first = blake3(IDENTITY + bytes(32) + bytes([1, 0, 0, 0, 2, 0, 0, 0, 3, 0, 0, 0, 0x70, 0x11, 1, 0]), key=EPOCH).digest()
+    first = blake3(
+        IDENTITY + bytes(32) + bytes([1, 0, 0, 0, 2, 0, 0, 0, 3, 0, 0, 0, 0x70, 0x11, 1, 0]), key=EPOCH
+    ).digest()
     assert first.hex() == GOLDEN_KEYS[0]
-    second = blake3(IDENTITY + first + bytes([5, 0, 0, 0, 6, 0, 0, 0, 7, 0, 0, 0, 255, 255, 255, 255]), key=EPOCH).digest()
+    second = blake3(
+        IDENTITY + first + bytes([5, 0, 0, 0, 6, 0, 0, 0, 7, 0, 0, 0, 255, 255, 255, 255]), key=EPOCH
+    ).digest()
     assert second.hex() == GOLDEN_KEYS[1]
 
 

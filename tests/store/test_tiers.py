@@ -95,7 +95,10 @@ def test_every_bit_of_the_trailer_and_tables_matters(tmp_path):
     path = stored_segment(tmp_path)
     good = path.read_bytes()
     with h5py.File(path) as file:
-        tables = [(file[n].id.get_offset(), file[n].id.get_storage_size()) for n in ("keys", "parents", "positions", "digests")]
+        tables = [
+            (file[n].id.get_offset(), file[n].id.get_storage_size())
+            for n in ("keys", "parents", "positions", "digests")
+        ]
     places = [*range(len(good) - 512, len(good)), *(at + i for at, size in tables for i in range(size))]
     copy = tmp_path / "copy.h5"
     for place in places:
@@ -159,7 +162,9 @@ def test_a_damaged_or_vanished_segment_is_a_miss_counted_by_cause(tmp_path):
     tier.close()
 
 
-@pytest.mark.parametrize("spoil", ["group writable", "link", "fifo", "other key", "other namespace", "empty", "not hdf5"])
+@pytest.mark.parametrize(
+    "spoil", ["group writable", "link", "fifo", "other key", "other namespace", "empty", "not hdf5"]
+)
 def test_unsafe_and_foreign_files_are_passed_over(tmp_path, spoil):
     path = stored_segment(tmp_path)
     good = path.read_bytes()

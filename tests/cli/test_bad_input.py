@@ -1,0 +1,200 @@
+"""Everything a user can get wrong: one clear line, the promised exit code, no traceback, nothing lost."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.cli.runs import chat_lines, hpckv, texts, write_run
+
+
+def fails(done, code: int, *words: str) -> str:
+    assert done.returncode == code, (done.returncode, done.stderr)
+    assert "Traceback" not in done.stderr
+    last = done.stderr.strip().splitlines()[-1]
+    assert last.startswith("hpckv: ")
+    for word in words:
+        assert word in last
+    return last
+
+
+@pytest.fixture
+def model(checkpoint) -> Path:
+    return checkpoint("llama", tokenizer=True)
+
+
+def test_torn_json(model, tmp_path):
+    data = b'{"custom_id": "a", "body": {"prompt": "x"}}\n{"custom_id": "b", "bo'
+    fails(hpckv("run", write_run(tmp_path, model, data)), 65, "in.jsonl:2:", "not valid JSON")
+
+
+def test_duplicate_id(model, tmp_path):
+    fails(
+        hpckv("run", write_run(tmp_path, model, [*chat_lines(2), chat_lines(1)[0]])),
+        65,
+        "in.jsonl:3:",
+        "'q0' is already used in line 1",
+    )
+
+
+def test_bad_utf8(model, tmp_path):
+    fails(hpckv("run", write_run(tmp_path, model, b'{"custom_id": "\xff"}\n')), 65, "in.jsonl:1:", "not UTF-8")
+
+
+def test_empty_file(model, tmp_path):
+    fails(hpckv("run", write_run(tmp_path, model, b"")), 65, "empty")
+
+
+def test_missing_input(model, tmp_path):
+    fails(hpckv("run", write_run(tmp_path, model, []), "--input", tmp_path / "nowhere.jsonl"), 66, "nowhere.jsonl")
+
+
+def test_prompt_too_long_is_refused_before_anything_runs_or_skipped_on_request(model, tmp_path):
+    long = {"custom_id": "long", "url": "/v1/completions", "body": {"prompt": "x" * 600}}
+    run = write_run(tmp_path, model, [*chat_lines(2), long])
+    fails(hpckv("run", run), 65, "in.jsonl:3:", "600 tokens", "context is 512")
+    assert not (tmp_path / "out" / "output.jsonl").read_bytes()
+    done = hpckv("run", run, "--skip-bad-lines")
+    assert done.returncode == 3
+    assert sorted(texts(tmp_path)) == ["q0", "q1"]
+    error = json.loads((tmp_path / "out" / "errors.jsonl").read_text())
+    assert (error["custom_id"], error["error"]["line"]) == ("long", 3)
+    assert hpckv("run", run, "--skip-bad-lines", "--allow-errors").returncode == 0
+
+
+def test_unknown_key_in_the_run_file(model, tmp_path):
+    fails(
+        hpckv("run", write_run(tmp_path, model, chat_lines(1), engine={"max_request": 3})),
+        64,
+        "engine.max_request",
+        "did you mean 'max_requests'?",
+    )
+    fails(
+        hpckv("run", write_run(tmp_path, model, chat_lines(1)), "--set", "cache.block_token=4"),
+        64,
+        "did you mean 'block_tokens'?",
+    )
+
+
+def test_unknown_flag_and_missing_run_file(tmp_path):
+    assert hpckv("run", "x.yaml", "--outputt", "y").returncode == 64
+    fails(hpckv("run", tmp_path / "nowhere.yaml"), 66, "nowhere.yaml")
+
+
+def test_missing_tokenizer(checkpoint, tmp_path):
+    fails(hpckv("run", write_run(tmp_path, checkpoint("llama"), chat_lines(1))), 69, "tokenizer.json", "missing")
+
+
+def test_missing_model_folder(tmp_path):
+    fails(hpckv("run", write_run(tmp_path, tmp_path / "nomodel", chat_lines(1))), 69, "nomodel")
+
+
+@pytest.mark.parametrize("keep", [5, 4000, 100_000])
+def test_truncated_safetensors(model, tmp_path, keep):
+    copy = tmp_path / "model"
+    shutil.copytree(model, copy)
+    file = copy / "model.safetensors"
+    os.truncate(file, keep)
+    fails(hpckv("run", write_run(tmp_path, copy, chat_lines(1))), 69, "model.safetensors", "truncated")
+
+
+def test_missing_and_left_over_tensors_are_named(model, tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    for name, change in {
+        "missing": lambda t: t.pop("model.norm.weight"),
+        "left": lambda t: t.update(extra=t["model.norm.weight"].clone()),
+    }.items():
+        copy = tmp_path / name
+        shutil.copytree(model, copy)
+        tensors = load_file(copy / "model.safetensors")
+        change(tensors)
+        save_file(tensors, copy / "model.safetensors")
+        word = (
+            "model.norm.weight is missing"
+            if name == "missing"
+            else "left-over tensors that this architecture does not use: extra"
+        )
+        fails(hpckv("run", write_run(tmp_path, copy, chat_lines(1))), 69, word)
+
+
+def test_unknown_architecture_is_refused_with_the_known_ones(model, tmp_path):
+    copy = tmp_path / "model"
+    shutil.copytree(model, copy)
+    config = json.loads((copy / "config.json").read_text())
+    (copy / "config.json").write_text(json.dumps({**config, "architectures": ["FalconForCausalLM"]}))
+    fails(
+        hpckv("run", write_run(tmp_path, copy, chat_lines(1))),
+        69,
+        "FalconForCausalLM is not known",
+        "LlamaForCausalLM",
+        "Gemma2ForCausalLM",
+    )
+
+
+def test_a_model_that_does_not_fit_is_refused_before_loading(model, tmp_path):
+    copy = tmp_path / "model"
+    shutil.copytree(model, copy)
+    config = json.loads((copy / "config.json").read_text())
+    (copy / "config.json").write_text(json.dumps({**config, "num_hidden_layers": 4_000_000}))
+    fails(hpckv("run", write_run(tmp_path, copy, chat_lines(1))), 78, "memory")
+    fails(
+        hpckv("run", write_run(tmp_path, model, chat_lines(1), cache={"device_memory": "900TiB"})),
+        78,
+        "cache.device_memory",
+    )
+    small = {"block_tokens": 16, "device_memory": "200KiB"}
+    fails(hpckv("run", write_run(tmp_path, model, chat_lines(1), cache=small)), 65, "cache.device_memory")
+
+
+def test_an_unwritable_output_directory(model, tmp_path):
+    blocked = tmp_path / "file"
+    blocked.write_text("")
+    fails(hpckv("run", write_run(tmp_path, model, chat_lines(1)), "--output", blocked / "out"), 73, "Not a directory")
+
+
+def test_a_store_that_is_no_store(model, tmp_path):
+    home = tmp_path / "home"
+    home.mkdir()
+    (home / "thesis.tex").write_text("")
+    fails(
+        hpckv("run", write_run(tmp_path, model, chat_lines(1), store={"shared": str(home)})),
+        69,
+        "neither empty nor an hpckv store",
+    )
+
+
+def test_what_is_not_in_this_version_is_said(model, tmp_path):
+    fails(hpckv("run", write_run(tmp_path, model, chat_lines(1)), "--set", "model.quantization=fp8"), 78, "fp8")
+    fails(hpckv("run", write_run(tmp_path, model, chat_lines(1)), "--set", "cache.kv_dtype=fp8"), 78, "kv_dtype")
+    fails(hpckv("run", write_run(tmp_path, model, chat_lines(1)), "--set", "parallel.pp=2"), 78, "MPI")
+
+
+def test_a_full_disk_during_the_run_keeps_every_answer_and_goes_on_later(model, tmp_path):
+    """RLIMIT_FSIZE stands in for the full disk: the same write fails in the same place, and no root is needed."""
+    run = write_run(tmp_path, model, chat_lines(40), engine={"max_requests": 4})
+    code = (
+        "import resource, signal, sys; signal.signal(signal.SIGXFSZ, signal.SIG_IGN);"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (9000, 9000));"
+        "sys.argv = ['hpckv', 'run', sys.argv[1]]; from hpckv.cli.main import main; main()"
+    )
+    done = subprocess.run([sys.executable, "-c", code, str(run)], capture_output=True, text=True, timeout=300)
+    fails(done, 73, "output.jsonl", "answers so far are safe")
+    some = texts(tmp_path)
+    assert 0 < len(some) < 40
+    assert hpckv("run", run).returncode == 0
+    assert len(texts(tmp_path)) == 40
+    assert texts(tmp_path).items() >= some.items()
+
+
+def test_unknown_body_keys_are_warned_of_once(model, tmp_path):
+    lines = chat_lines(3)
+    for line in lines:
+        line["body"]["presence_penalty"] = 1
+    done = hpckv("run", write_run(tmp_path, model, lines))
+    assert done.returncode == 0
+    assert done.stderr.count("presence_penalty") == 1

@@ -1,0 +1,83 @@
+"""The output file mends itself: torn tails, holes, repetitions; a full disk leaves no torn line."""
+
+import json
+import os
+
+import pytest
+
+from hpckv.errors import CannotWriteError
+from hpckv.workload.output import OutputFile, RunLock
+
+
+def record(custom_id):
+    return {"custom_id": custom_id, "response": {"text": "é\n" + custom_id}}
+
+
+def ids(path):
+    return [json.loads(raw)["custom_id"] for raw in path.read_bytes().splitlines()]
+
+
+def written(path, *names):
+    file = OutputFile(path)
+    for name in names:
+        file.append(record(name))
+    file.close()
+
+
+def test_lines_are_appended_and_found_again(tmp_path):
+    path = tmp_path / "output.jsonl"
+    written(path, "a", "b")
+    written(path, "c")
+    assert ids(path) == ["a", "b", "c"]
+    assert OutputFile(path).done == {"a", "b", "c"}
+
+
+def test_every_possible_torn_tail_is_cut_off(tmp_path):
+    path = tmp_path / "output.jsonl"
+    written(path, "a", "b")
+    whole = path.read_bytes()
+    first = len(whole.splitlines(keepends=True)[0])
+    for length in range(len(whole)):
+        path.write_bytes(whole[:length])
+        kept = ["a"] if length >= first else []
+        assert OutputFile(path).done == set(kept)
+        assert ids(path) == kept
+
+
+@pytest.mark.parametrize(
+    "middle", [b"\0" * 50 + b"\n", b'{"custom_id": "x"\n', b'{"custom_id":"a","response":{}}\n', b"\n"]
+)
+def test_a_spoilt_or_repeated_line_inside_is_cut_out(tmp_path, middle):
+    path = tmp_path / "output.jsonl"
+    written(path, "a", "b")
+    lines = path.read_bytes().splitlines(keepends=True)
+    path.write_bytes(lines[0] + middle + lines[1])
+    assert OutputFile(path).done == {"a", "b"}
+    assert path.read_bytes() == b"".join(lines)
+
+
+def test_a_full_disk_leaves_whole_lines_only(tmp_path, monkeypatch):
+    path = tmp_path / "output.jsonl"
+    file = OutputFile(path)
+    file.append(record("a"))
+    real = os.write
+
+    def half_then_full(fd, data):
+        if len(data) > 10:
+            return real(fd, data[:10])
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "write", half_then_full)
+    with pytest.raises(CannotWriteError, match="No space left"):
+        file.append(record("b"))
+    monkeypatch.undo()
+    assert ids(path) == ["a"]
+    assert file.done == {"a"}
+
+
+def test_a_run_directory_takes_one_process_at_a_time(tmp_path):
+    lock = RunLock(tmp_path)
+    with pytest.raises(CannotWriteError, match="another process"):
+        RunLock(tmp_path)
+    lock.release()
+    RunLock(tmp_path).release()

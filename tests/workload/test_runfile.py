@@ -1,0 +1,94 @@
+"""The run file: precedence, and one line that says where, what was expected, and the nearest right name."""
+
+import pytest
+
+from hpckv.errors import CapabilityError, ConfigError, MissingInputError
+from hpckv.quantity import ByteSize
+from hpckv.workload.runfile import load_run
+
+MINIMAL = "model: {path: m}\ninput: in.jsonl\noutput: out\n"
+
+
+def load(tmp_path, text=MINIMAL, **options):
+    path = tmp_path / "run.yaml"
+    path.write_text(text)
+    return load_run(path, **options)
+
+
+def test_the_interface_documents_example_is_read(tmp_path):
+    config = load(
+        tmp_path,
+        """
+model:    {path: models/llama-3.1-8b, dtype: auto, quantization: none}
+input:    prompts.jsonl
+output:   runs/eval-1
+parallel: {tp: 1, pp: 1, replicas: 1}
+cache:    {block_tokens: 64, device_memory: 0.9, kv_dtype: auto}
+store:    {shared: /lustre/proj/kv, local: auto, local_size: 200GiB, host_size: 32GiB, read: true, write: planned}
+engine:   {max_batch_tokens: 8192, max_requests: 256}
+sampling: {max_tokens: 256, temperature: 0}
+slurm:    {account: gk77, partition: gpu, time: "02:00:00", nodes: 1, gpus_per_node: 4, constraint: a100}
+container: {image: hpckv.sif, runtime: apptainer, bind: []}
+""",
+    )
+    assert config.store is not None
+    assert config.store.host_size == ByteSize(32 * 1024**3)
+    assert config.slurm is not None
+    assert config.slurm.time == "02:00:00"
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("modle: {path: m}", "modle: unknown key; did you mean 'model'?"),
+        (
+            MINIMAL + "engine: {max_batch_token: 1}",
+            "engine.max_batch_token: unknown key; did you mean 'max_batch_tokens'?",
+        ),
+        (MINIMAL + "store: {shard: /x}", "store.shard: unknown key; did you mean 'shared'?"),
+        (MINIMAL + "engine: {max_requests: many}", "engine.max_requests: Expected `int`, got `str`"),
+        (MINIMAL + "engine: {numerics: exact}", "engine.numerics: Invalid enum value 'exact'"),
+        (MINIMAL + "store: {shared: /x, host_size: 3 apples}", "store.host_size: '3 apples' is not a size"),
+        (MINIMAL + "cache: {device_memory: 1.5}", "device_memory"),
+        ("input: x\noutput: y", "missing required field `model`"),
+        ("- a", "expected a mapping"),
+        ("model: {path: m\ninput", "not valid YAML"),
+    ],
+)
+def test_a_wrong_run_file_is_one_clear_line(tmp_path, text, message):
+    with pytest.raises(ConfigError) as caught:
+        load(tmp_path, text)
+    assert message in str(caught.value)
+    assert "run.yaml" in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_flag_beats_environment_beats_file_beats_site(tmp_path):
+    site = tmp_path / "site.yaml"
+    site.write_text("defaults: {engine: {max_requests: 1, seed: 1, chunk_tokens: 1}, store: {shared: /site}}\n")
+    text = MINIMAL + f"site: {site}\nengine: {{max_requests: 2, seed: 2}}\n"
+    config = load(
+        tmp_path,
+        text,
+        flags={"output": "flag", "input": None},
+        sets=["engine.seed=3"],
+        environ={"HPCKV_RUN_DIR": "env", "HPCKV_STORE": "/env"},
+    )
+    assert (config.engine.max_requests, config.engine.seed, config.engine.chunk_tokens) == (2, 3, 1)
+    assert (config.output, config.input) == ("flag", "in.jsonl")
+    assert config.store is not None
+    assert config.store.shared == "/env"
+
+
+def test_what_this_version_cannot_do_is_said(tmp_path):
+    with pytest.raises(CapabilityError, match="MPI coordinator"):
+        load(tmp_path, MINIMAL + "parallel: {tp: 2}")
+
+
+def test_a_wrong_set_flag_and_a_missing_file_are_said(tmp_path):
+    with pytest.raises(ConfigError, match="expected section.key=value"):
+        load(tmp_path, sets=["engine"])
+    with pytest.raises(ConfigError, match="input is not a section"):
+        load(tmp_path, sets=["input.x=1"])
+    with pytest.raises(MissingInputError):
+        load_run(tmp_path / "nowhere.yaml")
