@@ -122,6 +122,7 @@ class Engine:
             lambda parent, tokens: block_key(self._epoch_key, self._identity, parent or ROOT_KEY, tokens),
             connector=StoreConnector(pool, self.store) if self.store else None,
             writes=self._writes,
+            reuse=self.cache_config.reuse,
         )
         runner = Runner(decoder, pool, numerics=self.config.numerics)
         self._loaded = _Loaded(runner, cache, Scheduler(self.config, cache))

@@ -62,8 +62,13 @@ class CacheManager:
         *,
         connector: Connector | None = None,
         writes: str = "off",
+        reuse: bool = True,
     ) -> None:
-        """`key_of(parent key or None, tokens)` gives a block's key; `writes` is the store's admission policy."""
+        """`key_of(parent key or None, tokens)` gives a block's key; `writes` is the store's admission policy.
+
+        Without `reuse` no block is ever matched, shared or kept.
+        """
+        self._reuse = reuse
         self.block_tokens = block_tokens
         self.pool = PagePool(pool_pages, is_wanted=lambda key: self._uses_left.get(key, 0) > 0)
         self.stats = CacheStats()
@@ -116,13 +121,16 @@ class CacheManager:
         seq.num_computed = min(len(tiers) * size, len(seq.tokens) - 1)
         if seq.cached is None:
             self._count_first_match(seq, tiers)
-        for key in seq.keys[seq.num_registered :]:
-            self._computing.setdefault(key, seq)
+        if self._reuse:
+            for key in seq.keys[seq.num_registered :]:
+                self._computing.setdefault(key, seq)
         return Admission.ADMITTED
 
     def _match(self, keys: Sequence[bytes]) -> tuple[list[int], int, int]:
         """Pages of the leading blocks on the device; how far the store goes on; how far blocks in computation go on."""
         found: list[int] = []
+        if not self._reuse:
+            return found, 0, 0
         for key in keys:
             page = self.pool.find(key)
             if page is None:
@@ -168,7 +176,9 @@ class CacheManager:
         """The first `num_computed` tokens are in their pages now. Returns keys of blocks that became complete."""
         size = self.block_tokens
         seq.num_computed = num_computed
-        completed = []
+        completed: list[bytes] = []
+        if not self._reuse:
+            return completed
         for number in range(seq.num_registered, num_computed // size):
             if number == len(seq.keys):
                 parent = seq.keys[-1] if seq.keys else None

@@ -20,6 +20,9 @@ class CacheConfig(Config, frozen=True):
     kv_dtype: Literal["auto", "float32", "float16", "bfloat16", "fp8"] = "auto"
     """Dtype of cached keys and values; `auto` is the model's. Any other is not in this version and is refused."""
 
+    reuse: bool = True
+    """Share prefixes at all. `false` computes every prompt by itself, also beside a store: for comparison."""
+
     def __post_init__(self) -> None:
         if not 1 <= self.block_tokens <= 4096:
             raise ConfigError(f"cache.block_tokens: {self.block_tokens} is not between 1 and 4096")

@@ -79,6 +79,8 @@ def open_store(config: StoreConfig, namespace: Namespace, geometry: BlockGeometr
     """
     check_golden_vector()
     root = Path(config.shared)
+    if config.local not in ("auto", "none"):
+        warn_once(_log, f"store.local: {config.local} is not used, this version keeps no node-local copies")
     wants_write = config.write != "off"
     try:
         _make_store(root)
