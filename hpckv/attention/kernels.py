@@ -62,20 +62,30 @@ def _plain(
 class Merger:
     """Partial attention results of rows, merged by log-sum-exp.
 
-    A row may get any number of partials over disjoint keys; their softmax over the union is
-    sum(exp(lse_i - lse) * out_i) with lse = log sum exp lse_i.
+    A row may get any number of partials over disjoint keys. Two of them weigh exp(lse_1) and exp(lse_2) in the whole,
+    so the merged result lies between theirs, at sigmoid(lse_2 - lse_1) of the way.
     """
 
     def __init__(self, like_TNH: torch.Tensor) -> None:
         num_rows, num_heads, _ = like_TNH.shape
         self.out_TNH = torch.zeros(like_TNH.shape, dtype=torch.float32, device=like_TNH.device)
         self.lse_TN = torch.full((num_rows, num_heads), -math.inf, device=like_TNH.device)
+        self._is_empty = True
 
     def add(self, rows: torch.Tensor | slice, out_RNH: torch.Tensor, lse_RN: torch.Tensor) -> None:
         """Merge one partial of `rows`; a row stands at most once in `rows`."""
-        before = self.lse_TN[rows]
-        after = torch.logaddexp(before, lse_RN)
-        merged = self.out_TNH[rows] * (before - after).exp()[..., None]
-        merged += out_RNH.float() * (lse_RN - after).exp()[..., None]
-        self.out_TNH[rows] = merged
-        self.lse_TN[rows] = after
+        is_whole = isinstance(rows, slice) and rows.stop - rows.start == len(self.out_TNH)
+        if is_whole and self._is_empty:
+            self.out_TNH, self.lse_TN = out_RNH.float(), lse_RN
+        elif is_whole:
+            self.out_TNH, self.lse_TN = _merge(self.out_TNH, self.lse_TN, out_RNH, lse_RN)
+        else:
+            self.out_TNH[rows], self.lse_TN[rows] = _merge(self.out_TNH[rows], self.lse_TN[rows], out_RNH, lse_RN)
+        self._is_empty = False
+
+
+def _merge(
+    out_RNH: torch.Tensor, lse_RN: torch.Tensor, more_RNH: torch.Tensor, more_lse_RN: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    way_RN = torch.sigmoid(more_lse_RN - lse_RN)
+    return torch.lerp(out_RNH, more_RNH.float(), way_RN[..., None]), torch.logaddexp(lse_RN, more_lse_RN)

@@ -28,8 +28,8 @@ from hpckv.attention.kernels import Merger, attend_with_lse
 from hpckv.attention.sharing import MIN_SAVED_TOKENS, find_shared_runs
 
 LONG_TAIL_TOKENS = 192
-"""Decode tails at least this long, if their pages are consecutive, are attended in place one by one; shorter
-ones are gathered into one padded batch (measured on two AMX cores: a call costs what copying ~200 tokens does)."""
+"""The beginning of a decode row's keys, if it lies in consecutive pages and is at least this long, is attended in
+place; the rest of all rows is gathered into one padded batch (a call costs what copying some 200 tokens does)."""
 
 Rows = torch.Tensor | slice
 Slots = torch.Tensor | slice
@@ -56,7 +56,7 @@ class Causal:
 class Padded:
     """One row a problem, over its own slots; `mask_BL` is 0 or -inf."""
 
-    rows_B: torch.Tensor
+    rows_B: Rows
     slots_BL: torch.Tensor
     mask_BL: torch.Tensor
 
@@ -153,19 +153,29 @@ class SdpaBackend(AttentionBackend):
         problems: list[Problem] = []
         padded: list[tuple[int, torch.Tensor]] = []
         for i, first, end in tails:
-            slots = self._slots(chunks[i].pages, first, end)
-            if isinstance(slots, slice) and end - first >= LONG_TAIL_TOKENS:
-                problems.append(Full(slice(first_rows[i], first_rows[i] + 1), slots))
-            else:
-                padded.append((first_rows[i], _as_index(slots, self.device)))
+            row, pages = first_rows[i], chunks[i].pages
+            split = self._end_of_run(pages, first, end)
+            if split - first >= LONG_TAIL_TOKENS:
+                problems.append(Full(slice(row, row + 1), self._slots(pages, first, split)))
+                first = split
+            if first < end:
+                padded.append((row, _as_index(self._slots(pages, first, end), self.device)))
         if padded:
-            rows = torch.tensor([row for row, _ in padded], device=self.device)
+            rows = self._as_rows([row for row, _ in padded])
             slots_BL = torch.nn.utils.rnn.pad_sequence([s for _, s in padded], batch_first=True)
             lengths = torch.tensor([len(s) for _, s in padded], device=self.device)
             hidden = torch.arange(slots_BL.shape[1], device=self.device) >= lengths[:, None]
             mask_BL = torch.zeros(slots_BL.shape, device=self.device).masked_fill_(hidden, -math.inf)
             problems.append(Padded(rows, slots_BL, mask_BL))
         return problems
+
+    def _end_of_run(self, pages: Sequence[int], first: int, end: int) -> int:
+        """The position up to which [first, end) lies in consecutive pages."""
+        size = self.block_tokens
+        last = first // size
+        while (last + 1) * size < end and pages[last + 1] == pages[last] + 1:
+            last += 1
+        return min(end, (last + 1) * size)
 
     def _plan_window(self, chunks: Sequence[SequenceChunk], window: int) -> list[Problem]:
         problems: list[Problem] = []
@@ -244,9 +254,7 @@ class _Step:
         lse_RN = lse[0].unflatten(1, (num_rows, s.group_size)).transpose(0, 1).flatten(1, 2)
         return out_RNH, lse_RN
 
-    def _padded(
-        self, rows_B: torch.Tensor, slots_BL: torch.Tensor, mask_BL: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def _padded(self, rows_B: Rows, slots_BL: torch.Tensor, mask_BL: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         s = self.shape
         q_BKGH = self.q_TNH[rows_B].unflatten(1, (s.num_kv_heads, s.group_size))
         keys, values = (

@@ -16,7 +16,11 @@ def test_configuration_md_is_current_and_every_key_is_explained():
     assert "|  |\n" not in made
 
 
-@pytest.mark.parametrize("document", [p.relative_to(TOP) for p in [TOP / "README.md", *TOP.glob("docs/*.md"), *TOP.glob("examples/**/*.md")]], ids=str)
+@pytest.mark.parametrize(
+    "document",
+    [p.relative_to(TOP) for p in [TOP / "README.md", *TOP.glob("docs/*.md"), *TOP.glob("examples/**/*.md")]],
+    ids=str,
+)
 def test_links_lead_somewhere(document):
     for target in re.findall(r"\]\(([^)#]+)", (TOP / document).read_text()):
         if not target.startswith("http"):

@@ -18,8 +18,8 @@ def logits_at_every_position(engine: Engine, prompt: list[int], *, chunk: int) -
         plan = StepPlan()
         plan.add(ScheduledChunk(seq, start, count, samples=False))
         with torch.inference_mode():
-            for part in engine.runner._micro_steps(plan.chunks):
-                rows.append(engine.runner._logits(engine.runner._forward(part)))
+            parts = engine.runner._micro_steps(plan.chunks)
+            rows += [engine.runner._logits(engine.runner._forward(part)) for part in parts]
         seq.num_computed = start + count
     engine.cache.release(seq)
     return torch.cat(rows)

@@ -21,7 +21,7 @@ CASES = {
     "llama-mha": ("llama", {"num_key_value_heads": 6}),
     "llama-mqa-head-33x2": ("llama", {"num_key_value_heads": 1, "head_dim": 34}),
     "llama-seed-7": ("llama", {"seed": 7, "vocab_size": 129}),
-    **{f"llama-rope-{name}": ("llama", {"rope_parameters": {"rope_theta": 5000.0, **rope}}) for name, rope in ROPE_SCALINGS.items()},
+    **{f"llama-rope-{n}": ("llama", {"rope_parameters": {"rope_theta": 5e3, **rope}}) for n, rope in ROPE_SCALINGS.items()},
     "mistral-window-24": ("mistral", {"sliding_window": 24}),
     "mistral-no-window": ("mistral", {"sliding_window": None, "seed": 3}),
     "qwen2": ("qwen2", {}),

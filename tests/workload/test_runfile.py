@@ -86,7 +86,7 @@ def test_what_this_version_cannot_do_is_said(tmp_path):
 
 
 def test_a_wrong_set_flag_and_a_missing_file_are_said(tmp_path):
-    with pytest.raises(ConfigError, match="expected section.key=value"):
+    with pytest.raises(ConfigError, match=r"expected section\.key=value"):
         load(tmp_path, sets=["engine"])
     with pytest.raises(ConfigError, match="input is not a section"):
         load(tmp_path, sets=["input.x=1"])

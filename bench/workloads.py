@@ -1,0 +1,29 @@
+"""What the benchmarks run: token ids only, the same for every engine.
+
+W1  n prompts that share a prefix of 1,024 tokens, 64 of their own each, 32 generated
+W3  n prompts of 512 tokens that share nothing, 64 generated
+
+Full size is n = 32 and 16; `half` 16 and 8; `quarter` 8 and 4.
+"""
+
+from __future__ import annotations
+
+import random
+
+LOW, HIGH = 300, 31900
+SIZES = {"full": 1, "half": 2, "quarter": 4}
+
+
+def get(name: str) -> dict:
+    """`W1:half` -> {"prompts": [[ids]], "output": tokens to generate}."""
+    base, _, size = name.partition(":")
+    part = SIZES[size or "full"]
+    rng = random.Random({"W1": 1, "W3": 3}[base])
+
+    def draw(count: int) -> list[int]:
+        return [rng.randrange(LOW, HIGH) for _ in range(count)]
+
+    if base == "W1":
+        prefix = draw(1024)
+        return {"prompts": [prefix + draw(64) for _ in range(32 // part)], "output": 32}
+    return {"prompts": [draw(512) for _ in range(16 // part)], "output": 64}
