@@ -50,31 +50,27 @@ def report(rows: list[dict], console: Console) -> None:
     """Medians by workload, cache and engine."""
     kept = [r for r in rows if r["steal_percent"] <= STEAL_LIMIT]
     console.print(f"{len(rows)} passes, {len(rows) - len(kept)} rejected for steal above {STEAL_LIMIT:.0f} %")
-    table = Table(
-        "workload",
-        "cache",
-        "engine",
-        "passes",
-        "wall s",
-        "CPU s",
-        "in tokens/s",
-        "out tokens/s",
-        "cached",
-        "start s",
-        "of hpckv's speed",
-    )
+    columns = "workload cache engine passes wall_s CPU_s in_tokens/s out_tokens/s cached start_s of_hpckv's_speed"
+    table = Table(*(column.replace("_", " ") for column in columns.split()))
     groups: dict[tuple[str, str, str], list[dict]] = {}
     for row in kept:
         groups.setdefault((row["workload"], row["cache"], row["engine"]), []).append(row)
     for (workload, cache, engine), group in sorted(groups.items()):
-        wall = statistics.median(r["wall_s"] for r in group)
+        median = {
+            key: statistics.median(r[key] for r in group) for key in ("wall_s", "cpu_s", "cached_tokens", "start_s")
+        }
+        wall = median["wall_s"]
         ours = groups.get((workload, cache, "hpckv"))
         share = statistics.median(r["wall_s"] for r in ours) / wall if ours else float("nan")
-        table.add_row(
-            workload, cache, engine, str(len(group)), f"{wall:.2f}", f"{statistics.median(r['cpu_s'] for r in group):.1f}",
-            f"{group[0]['prompt_tokens'] / wall:,.0f}", f"{group[0]['output_tokens'] / wall:,.0f}",
-            f"{statistics.median(r['cached_tokens'] for r in group):,.0f}", f"{statistics.median(r['start_s'] for r in group):.1f}", f"{share:.2f}",
-        )  # fmt: skip
+        rates = [f"{group[0][key] / wall:,.0f}" for key in ("prompt_tokens", "output_tokens")]
+        cells = [
+            f"{wall:.2f}",
+            f"{median['cpu_s']:.1f}",
+            *rates,
+            f"{median['cached_tokens']:,.0f}",
+            f"{median['start_s']:.1f}",
+        ]
+        table.add_row(workload, cache, engine, str(len(group)), *cells, f"{share:.2f}")
     console.print(table)
     ours = [r for r in kept if r["engine"] == "hpckv" and r["cache"] == "cold"]
     if ours:

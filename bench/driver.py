@@ -3,8 +3,8 @@
 
     python bench/driver.py hpckv --model runs/bench/mid-bf16 --workloads W1:half,W3:half
 
-Engines: hpckv, transformers (batched generate with its cache), transformers-prefix (a shared prefix cache, repeated over the batch),
-vllm (prefix caching on), vllm-plain (off). `start_s` is from the process's start to its first generated token.
+Engines: hpckv, transformers (batched generate with its cache), transformers-prefix (a shared prefix cache, repeated over
+the batch), vllm (prefix caching on), vllm-plain (off). `start_s` is from the process's start to its first generated token.
 """
 
 from __future__ import annotations
@@ -107,7 +107,8 @@ class Vllm:
 
         self.llm = LLM(
             model=model, dtype="bfloat16", max_model_len=2048, enable_prefix_caching=caches_prefixes, enforce_eager=True,
-            max_num_seqs=64, max_num_batched_tokens=2048, block_size=int(os.environ.get("VLLM_BLOCK", "128")), skip_tokenizer_init=True,
+            max_num_seqs=64, max_num_batched_tokens=2048, block_size=128,
+            skip_tokenizer_init=True,
         )  # fmt: skip
 
     def serve(self, prompts: list[list[int]], output: int) -> tuple[list[list[int]], int]:
@@ -150,9 +151,11 @@ def main() -> None:
             wall = time.perf_counter() - begun
             stolen_after, ticks_after = steal()
             row = {
-                "engine": args.engine, "workload": name, "cache": temperature, "wall_s": wall, "cpu_s": cpu_seconds() - cpu, "start_s": start_s,
+                "engine": args.engine, "workload": name, "cache": temperature, "start_s": start_s,
+                "wall_s": wall, "cpu_s": cpu_seconds() - cpu,
                 "steal_percent": 100 * (stolen_after - stolen) / max(1, ticks_after - ticks),
-                "prompt_tokens": sum(map(len, workload["prompts"])), "output_tokens": sum(map(len, tokens)), "cached_tokens": cached,
+                "prompt_tokens": sum(map(len, workload["prompts"])), "output_tokens": sum(map(len, tokens)),
+                "cached_tokens": cached,
                 "parts": {k: v - before[k] for k, v in engine.report().items()},
             }  # fmt: skip
             print("RESULT " + json.dumps(row), flush=True)

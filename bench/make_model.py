@@ -1,5 +1,7 @@
 #!/usr/bin/env python3
-"""Write the benchmark's subject: a random-weight Llama of 99 M parameters (`mid`: 12 layers, 768 wide, 12 heads, 3 KV heads) in bf16.
+"""Write the benchmark's subject: a random-weight Llama of 99 M parameters in bf16.
+
+`mid`: 12 layers, 768 wide, 12 heads, 3 KV heads.
 
 python bench/make_model.py runs/bench/mid-bf16
 """

@@ -258,19 +258,37 @@ class Engine:
         sequences = [chunk.seq for chunk in plan.chunks if chunk.samples]
         draws = [Draw(seq.params, seq.seed, len(seq.tokens)) for seq in sequences]
         tokens, logprobs = sample(logits_RV, draws)
-        answers = []
-        for seq, token, logprob in zip(sequences, tokens, logprobs, strict=True):
+        finite = logits_RV.isfinite().all(-1).tolist()
+        for seq, token, logprob, is_finite in zip(sequences, tokens, logprobs, finite, strict=True):
+            if not is_finite:  # an answer drawn from these would be silently wrong
+                self._fail(
+                    seq, f"the logits are not finite at position {len(seq.tokens)} (overflow in {self.dtype_name}?)"
+                )
+                continue
             seq.tokens.append(token)
             if logprob is not None:
                 seq.logprobs.append(logprob)
             self._check_stop(seq, token)
-            if seq.finish_reason:
-                self.scheduler.finish(seq)
-                state = self._states[seq.request.request_id]
-                if state.is_finished:
-                    del self._states[seq.request.request_id]
-                    answers.append(state.answer())
-        return answers
+        return self._collect(sequences)
+
+    def _fail(self, seq: RunningSequence, reason: str) -> None:
+        state = self._states[seq.request.request_id]
+        state.error = state.error or reason
+        for sibling in state.sequences:
+            sibling.finish_reason = sibling.finish_reason or "error"
+
+    def _collect(self, sequences: Sequence[RunningSequence]) -> list[Answer]:
+        """Take finished sequences out; the answers that are complete by that."""
+        finished = [seq for seq in sequences if seq.finish_reason]
+        states = {seq.request.request_id: self._states[seq.request.request_id] for seq in finished}
+        for state in states.values():
+            self.scheduler.remove(
+                state.sequences if state.error else [seq for seq in state.sequences if seq in finished]
+            )
+        complete = {name: state for name, state in states.items() if state.is_finished}
+        for name in complete:
+            del self._states[name]
+        return [state.answer() for state in complete.values()]
 
     def _check_stop(self, seq: RunningSequence, token: int) -> None:
         params = seq.params

@@ -159,12 +159,14 @@ class RequestState:
 
     request: Request
     sequences: list[RunningSequence] = field(default_factory=list)
+    error: str | None = None
+    """Why the request has no answer; ends all its sequences."""
 
     @property
     def is_finished(self) -> bool:
         return all(seq.finish_reason for seq in self.sequences)
 
-    def answer(self, error: str | None = None) -> Answer:
+    def answer(self) -> Answer:
         found = (self.sequences[0].cached if self.sequences else None) or Counter[str]()
         cached = {tier: found.get(tier, 0) for tier in HIT_TIERS}
         completions = [
@@ -178,7 +180,7 @@ class RequestState:
             for s in self.sequences
         ]
         usage = Usage(len(self.request.prompt_ids), sum(s.num_output_tokens for s in self.sequences), cached)
-        return Answer(self.request.request_id, [] if error else completions, usage, error)
+        return Answer(self.request.request_id, [] if self.error else completions, usage, self.error)
 
 
 def seed_of(request: Request, index: int, run_seed: int) -> int:

@@ -108,6 +108,17 @@ class Scheduler:
         self.running.remove(seq)
         self._wake(self.cache.release(seq))
 
+    def remove(self, sequences: Sequence[RunningSequence]) -> None:
+        """Take sequences out wherever they are; none may be in the step that is being computed."""
+        for seq in sequences:
+            if seq in self.running:
+                self.finish(seq)
+                continue
+            self._waiting = [entry for entry in self._waiting if entry[-1] is not seq]
+            heapq.heapify(self._waiting)
+            for held in self._held.values():
+                held[:] = [other for other in held if other is not seq]
+
     def drop_unstarted(self) -> list[RunningSequence]:
         """Forget everything that is not running (a drain); returns it."""
         dropped = [seq for *_, seq in self._waiting] + [seq for held in self._held.values() for seq in held]

@@ -126,10 +126,10 @@ class FileTier(Tier):
                 return PutOutcome.DROPPED
             if not self._open:
                 self._opened_at = time.monotonic()
+                self._start_sealer()
             self._open[block.key] = StoredBlock(block.key, block.parent, block.position, payload)
             self.stats.stored += 1
-            is_full = len(self._open) * self.geometry.block_bytes >= self._segment_bytes
-            if is_full or time.monotonic() - self._opened_at > self._seal_s:
+            if len(self._open) * self.geometry.block_bytes >= self._segment_bytes:
                 self._seal_open()
         return PutOutcome.STORED
 
@@ -248,30 +248,47 @@ class FileTier(Tier):
                     return blocks[key]
         return None
 
-    def _seal_open(self) -> None:
-        """Hand the open segment to the sealing thread; called with the lock held."""
+    def _start_sealer(self) -> None:
         if self._sealer is None:
             self._sealer = threading.Thread(target=self._seal_loop, name=f"hpckv-seal-{self.name}", daemon=True)
             self._sealer.start()
+
+    def _seal_open(self) -> None:
+        """Hand the open segment to the sealing thread; called with the lock held."""
         self._sealing.append(self._open)
         self._work.put(self._open)
         self._open = {}
 
+    def _seal_if_old(self) -> None:
+        with self._lock:
+            if self._open and time.monotonic() - self._opened_at > self._seal_s:
+                self._seal_open()
+
     def _seal_loop(self) -> None:
-        while (blocks := self._work.get()) is not None:
+        while True:
+            try:
+                blocks = self._work.get(timeout=min(1.0, self._seal_s))
+            except queue.Empty:
+                self._seal_if_old()
+                continue
+            if blocks is None:
+                self._work.task_done()
+                return
             try:
                 self._seal(blocks)
             except Exception as error:  # noqa: BLE001 - any failure here only costs a later recomputation
-                with self._lock:
-                    self._is_writing = False
-                    self.stats.dropped += len(blocks)
-                reason = error.strerror if isinstance(error, OSError) else error
-                _log.warning("store %s: %s; nothing more is written to it in this run", self._own, reason)
+                self._give_up_writing(len(blocks), error)
             finally:
                 with self._lock:
                     self._sealing.remove(blocks)
                 self._work.task_done()
-        self._work.task_done()
+
+    def _give_up_writing(self, num_lost: int, error: Exception) -> None:
+        with self._lock:
+            self._is_writing = False
+            self.stats.dropped += num_lost
+        reason = error.strerror if isinstance(error, OSError) else error
+        _log.warning("store %s: %s; nothing more is written to it in this run", self._own, reason)
 
     def _seal(self, blocks: dict[bytes, StoredBlock]) -> None:
         rows = list(blocks.values())

@@ -46,7 +46,6 @@ def make_checkpoint(
     """
     import torch
     import transformers
-    from transformers import AutoModelForCausalLM
 
     kind = {"llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2", "qwen3": "Qwen3", "gemma2": "Gemma2"}[family]
     settings = {**_SHAPE, **changes}
@@ -54,7 +53,8 @@ def make_checkpoint(
         settings["head_dim"] = settings["hidden_size"] // settings["num_attention_heads"]
     config = getattr(transformers, f"{kind}Config")(**settings)
     torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    auto: Any = transformers.AutoModelForCausalLM
+    model = auto.from_config(config, dtype=torch.float32)
     with torch.no_grad():
         for name, p in model.named_parameters():
             if p.dim() < 2:

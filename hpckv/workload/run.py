@@ -26,7 +26,7 @@ from hpckv.errors import (
     InputError,
 )
 from hpckv.schema import to_plain
-from hpckv.workload.answers import bad_line_record, output_line
+from hpckv.workload.answers import bad_line_record, error_line, output_line
 from hpckv.workload.drain import Drain
 from hpckv.workload.lines import BadLine, BatchInput, BatchLine, read_batch
 from hpckv.workload.output import OutputFile, RunLock, write_file
@@ -131,7 +131,11 @@ def _answer(
         for answer in engine.step():
             if summary.answered == 0:
                 summary.first_answer_s = time.monotonic() - begun
-            output.append(output_line(lines[answer.request_id], answer, model, engine.tokenizer))
+            line = lines[answer.request_id]
+            if answer.error:
+                summary.failed.append(error_line(line.number, line.custom_id, "request_failed", answer.error))
+                continue
+            output.append(output_line(line, answer, model, engine.tokenizer))
             summary.add(answer)
             progress.answered(answer.usage.prompt_tokens, answer.usage.cached_tokens, answer.usage.completion_tokens)
     summary.answering_s = time.monotonic() - begun

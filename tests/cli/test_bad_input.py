@@ -198,3 +198,25 @@ def test_unknown_body_keys_are_warned_of_once(model, tmp_path):
     done = hpckv("run", write_run(tmp_path, model, lines))
     assert done.returncode == 0
     assert done.stderr.count("presence_penalty") == 1
+
+
+def test_an_overflow_is_an_error_and_never_an_answer(model, tmp_path):
+    """float16 ends at 65,504: here one layer passes it for every prompt, so that no request can be answered."""
+    from safetensors.torch import load_file, save_file
+
+    copy = tmp_path / "model"
+    shutil.copytree(model, copy)
+    tensors = load_file(copy / "model.safetensors")
+    tensors["model.layers.1.mlp.up_proj.weight"] *= 3e5
+    save_file(tensors, copy / "model.safetensors")
+    lines = chat_lines(3)
+    lines[0]["body"]["n"] = 3
+    run = write_run(tmp_path, copy, lines)
+    done = hpckv("run", run, "--set", "model.dtype=float16")
+    assert done.returncode == 3, done.stderr
+    assert texts(tmp_path) == {}
+    errors = [json.loads(raw) for raw in (tmp_path / "out" / "errors.jsonl").read_text().splitlines()]
+    assert sorted(e["custom_id"] for e in errors) == ["q0", "q1", "q2"]
+    assert "not finite" in errors[0]["error"]["message"]
+    assert hpckv("run", run, "--set", "model.dtype=float32").returncode == 0
+    assert len(texts(tmp_path)) == 3

@@ -2,6 +2,7 @@
 
 import os
 import stat
+import time
 from pathlib import Path
 
 import h5py
@@ -223,3 +224,13 @@ def test_the_host_tier_keeps_to_its_budget_least_recently_used_first():
     assert tier.get(make_block(0).key, buffer)
     tier.put(make_block(3))
     assert [tier.contains(make_block(n).key) for n in range(4)] == [True, False, True, True]
+
+
+def test_an_old_open_segment_is_sealed_without_another_put(tmp_path):
+    tier = make_file_tier(tmp_path, seal_s=0.05)
+    tier.put(make_block(1))
+    deadline = time.monotonic() + 30
+    while not segments(tmp_path) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    assert readable(tmp_path, 2) == [False, True]
+    tier.close()
