@@ -27,9 +27,10 @@ from hpckv.attention.backend import AttentionBackend, AttentionPlan, HeadShape, 
 from hpckv.attention.kernels import Merger, attend_with_lse
 from hpckv.attention.sharing import MIN_SAVED_TOKENS, find_shared_runs
 
-LONG_TAIL_TOKENS = 192
+LONG_TAIL_TOKENS = 2048
 """The beginning of a decode row's keys, if it lies in consecutive pages and is at least this long, is attended in
-place; the rest of all rows is gathered into one padded batch (a call costs what copying some 200 tokens does)."""
+place; the rest of all rows is gathered into one padded batch. (At 576 tokens and 8 rows one call a row made a step
+28 % slower than gathering: 67 against 52 ms on two cores, interleaved.)"""
 
 Rows = torch.Tensor | slice
 Slots = torch.Tensor | slice

@@ -94,7 +94,7 @@ class Attention:
         sin: torch.Tensor,
     ) -> torch.Tensor:
         s = self.shape
-        qkv = self.qkv(x_TD).unflatten(-1, (s.num_heads + 2 * s.num_kv_heads, s.head_dim))
+        qkv = self.qkv(x_TD).view(-1, s.num_heads + 2 * s.num_kv_heads, s.head_dim)
         qk, v_TKH = torch.split(qkv, [s.num_heads + s.num_kv_heads, s.num_kv_heads], dim=1)
         if self.q_norm and self.k_norm:
             q, k = torch.split(qk, [s.num_heads, s.num_kv_heads], dim=1)
@@ -132,7 +132,7 @@ class MLP:
 
     def __call__(self, x_TD: torch.Tensor) -> torch.Tensor:
         gate, up = self.gate_up(x_TD).chunk(2, dim=-1)
-        return self.down(self.activation(gate) * up)
+        return self.down(self.activation(gate).mul_(up))
 
 
 class DecoderLayer:

@@ -18,17 +18,23 @@ from hpckv.model.config import ModelConfig
 
 
 def rope_table(config: ModelConfig, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    """(cos, sin), each (positions, H) in fp32, the attention factor of the scaling included."""
+    """(cos, sin), each (positions, 1, H) in fp32, the attention factor of the scaling included.
+
+    The first half of the sines is negated: what `apply_rope` adds to the low half is minus the high half's.
+    """
     frequencies, factor = inverse_frequencies(config)
     angle = torch.outer(torch.arange(config.max_positions, dtype=torch.float32), frequencies)
-    angle = torch.cat((angle, angle), dim=-1)
-    return (angle.cos() * factor).to(device), (angle.sin() * factor).to(device)
+    cos = torch.cat((angle.cos(), angle.cos()), dim=-1) * factor
+    sin = torch.cat((-angle.sin(), angle.sin()), dim=-1) * factor
+    return cos[:, None].to(device), sin[:, None].to(device)
 
 
-def apply_rope(x_TNH: torch.Tensor, cos_TH: torch.Tensor, sin_TH: torch.Tensor) -> torch.Tensor:
-    """Rotate each head's halves against each other; cos and sin in x's dtype."""
-    low, high = x_TNH.chunk(2, dim=-1)
-    return x_TNH * cos_TH[:, None] + torch.cat((-high, low), dim=-1) * sin_TH[:, None]
+def apply_rope(x_TNH: torch.Tensor, cos_T1H: torch.Tensor, sin_T1H: torch.Tensor) -> torch.Tensor:
+    """Rotate each head's halves against each other: (low, high) -> (low cos - high sin, high cos + low sin).
+
+    The sine's sign is in the table (`rope_table`), cosine and sine are in x's dtype.
+    """
+    return torch.addcmul(x_TNH * cos_T1H, x_TNH.roll(x_TNH.shape[-1] // 2, dims=-1), sin_T1H)
 
 
 def inverse_frequencies(config: ModelConfig) -> tuple[torch.Tensor, float]:

@@ -79,6 +79,20 @@ def test_backend_equals_naive_attention(name, consecutive, numerics, device):
     assert (found.cpu() - naive(q, keys, values, chunks, shape)).abs().max() < 2e-5
 
 
+def test_long_runs_read_in_place_give_the_same(monkeypatch):
+    shape = SHAPES["gqa"]
+    chunks = make_chunks(random.Random(4), consecutive=True)
+    q = torch.randn(sum(c.num_tokens for c in chunks), 6, 16)
+    keys, values = torch.randn(2, 400 * SIZE, 3, 16)
+    monkeypatch.setattr("hpckv.attention.sdpa.LONG_TAIL_TOKENS", 4)
+    monkeypatch.setattr("hpckv.attention.sdpa.MIN_SAVED_TOKENS", 1 << 40)
+    backend = make_backend("fast", block_tokens=SIZE, device=torch.device("cpu"))
+    plan = backend.plan(chunks, frozenset({None}))
+    assert sum(type(p).__name__ == "Full" for p in plan.problems[None]) > 6
+    found = backend.attend(q, keys, values, plan, shape)
+    assert (found - naive(q, keys, values, chunks, shape)).abs().max() < 2e-5
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_low_precision_stays_within_its_rounding(dtype):
     shape = SHAPES["gqa"]
