@@ -17,7 +17,9 @@ from rich.table import Table
 
 TOP = Path(__file__).parent.parent
 RUNS = TOP / "runs"
-MODEL, BATCH = "examples/recall-1m", "examples/catalogue.jsonl"
+MODEL, BATCH = "examples/recall-1m", TOP / "examples" / "catalogue.jsonl"
+EVERY = 6
+"""Without cache every prompt costs its whole length, so that run answers one question in six."""
 
 
 def run(name: str, *changes: str) -> dict[str, object]:
@@ -34,10 +36,15 @@ def run(name: str, *changes: str) -> dict[str, object]:
         *settings,
     ]
     subprocess.run(command, cwd=TOP, check=True)
-    lines = [json.loads(raw) for raw in (RUNS / name / "output.jsonl").read_text(encoding="utf-8").splitlines()]
+    lines = read_lines(RUNS / name / "output.jsonl")
     texts = {n["custom_id"]: n["response"]["body"]["choices"][0]["message"]["content"].strip() for n in lines}
     summary = json.loads((RUNS / name / "summary.json").read_text(encoding="utf-8"))
     return {**summary, "texts": texts}
+
+
+def read_lines(path: Path) -> list[dict]:
+    """A JSON lines file."""
+    return [json.loads(raw) for raw in path.read_text(encoding="utf-8").splitlines()]
 
 
 def main() -> int:
@@ -45,20 +52,20 @@ def main() -> int:
     console = Console(highlight=False)
     for name in ("demo-store", "demo-cold", "demo-warm", "demo-plain"):
         shutil.rmtree(RUNS / name, ignore_errors=True)
+    RUNS.mkdir(exist_ok=True)
     console.print("[bold]1. cold[/]: an empty store")
     cold = run("demo-cold")
     console.print("[bold]2. warm[/]: a new process, the store of the first")
     warm = run("demo-warm")
     console.print("[bold]3. plain[/]: no store, and every prompt by itself")
-    plain = run("demo-plain", "store=null", "cache.reuse=false")
+    some = RUNS / "demo-plain.jsonl"
+    some.write_text("".join(BATCH.read_text(encoding="utf-8").splitlines(keepends=True)[::EVERY]), encoding="utf-8")
+    plain = run("demo-plain", "store=null", "cache.reuse=false", f"input={some}")
 
-    answers = [
-        json.loads(raw)
-        for raw in (TOP / BATCH.replace(".jsonl", "_answers.jsonl")).read_text(encoding="utf-8").splitlines()
-    ]
-    table = Table(title=f"{MODEL}, {len(answers)} questions about shared catalogues", title_justify="left")
+    answers = read_lines(BATCH.with_name(f"{BATCH.stem}_answers.jsonl"))
+    table = Table(title=f"{MODEL}: questions about shared catalogues", title_justify="left", min_width=60)
     table.add_column("")
-    columns = {"cold": cold, "warm": warm, "no cache": plain}
+    columns = {"cold": cold, "warm": warm, f"no cache, 1 in {EVERY}": plain}
     for name in columns:
         table.add_column(name, justify="right")
 
@@ -66,7 +73,7 @@ def main() -> int:
         table.add_row(label, *(value(result) for result in columns.values()))
 
     row("requests", lambda r: f"{r['requests']:,}")
-    row("right answers", lambda r: f"{sum(r['texts'][a['custom_id']] == a['answer'] for a in answers):,}")
+    row("right answers", lambda r: f"{sum(r['texts'].get(a['custom_id']) == a['answer'] for a in answers):,}")
     row("prompt tokens", lambda r: f"{r['prompt_tokens']:,}")
     row("tokens computed", lambda r: f"{r['computed_tokens']:,}")
     row("read on the device", lambda r: f"{r['cached']['device']:,}")
@@ -78,7 +85,7 @@ def main() -> int:
 
     checks = {
         "the warm run gives the answers of the cold one": warm["texts"] == cold["texts"],
-        "both give those of a run without cache": plain["texts"] == cold["texts"],
+        "both give those of a run without cache": plain["texts"].items() <= cold["texts"].items(),
         "at least 95 % of the warm run's prompt tokens come from the cache": warm["hit_percent"] >= 95,
         "the cold run computes no prefix twice": cold["scheduler"]["prefill_tokens"] == cold["least_prefill_tokens"],
     }

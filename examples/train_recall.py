@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Train the small Llama-architecture model that the demo runs: recall from a long catalogue.
 
-    python examples/train_recall.py --out examples/recall-1m --minutes 90
+    python examples/train_recall.py --minutes 22 --held-out 400
 
 A curriculum of length: the next stage begins whenever held-out accuracy on single look-ups passes 97 %;
 the loss is taken on the answers only. Writes a Hugging Face folder.
@@ -292,9 +292,10 @@ def save(model: Recall, tokenizer: Tokenizer, out: Path, report: dict[str, objec
 def main() -> None:
     ap = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     ap.add_argument("--out", type=Path, default=Path(__file__).parent / "recall-1m")
-    ap.add_argument("--minutes", type=float, default=90)
+    ap.add_argument("--minutes", type=float, default=22)
     ap.add_argument("--seed", type=int, default=0)
     ap.add_argument("--tokens", type=int, default=4096, help="tokens a step")
+    ap.add_argument("--held-out", type=int, default=1000, help="questions behind each held-out figure")
     ap.add_argument("--lr", type=float, default=1e-3)
     args = ap.parse_args()
 
@@ -318,7 +319,7 @@ def main() -> None:
     while (elapsed := time.time() - start) < args.minutes * 60:
         left = 1 - elapsed / (args.minutes * 60)
         for group in optimizer.param_groups:
-            group["lr"] = args.lr * min(1, (step + 1) / 200) * min(1, 0.05 + left / 0.3)
+            group["lr"] = args.lr * min(1, (step + 1) / 100) * min(1, 0.05 + left / 0.3)
         # Two batches in three at the stage's length, the rest below it, so that short prompts stay right.
         stage = STAGES[at if step % 3 else rng.randrange(at + 1)]
         if step % 2 and stage.length <= 512:
@@ -333,25 +334,25 @@ def main() -> None:
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         step, seen = step + 1, seen + ids.numel()
-        if step % 100 == 0:
+        if step % 50 == 0:
             single, two_hop = (accuracy(model, encoder, STAGES[at], share, 128) for share in (0.0, 1.0))
             print(f"{elapsed:6.0f} s  step {step:6d}  {seen / (time.time() - start):6.0f} tok/s  {STAGES[at]}  "
                   f"loss {loss.item():.3f}  single {single:.3f}  two-hop {two_hop:.3f}", flush=True)  # fmt: skip
             if single > 0.97 and at + 1 < len(STAGES):
                 history.append({"stage": asdict(STAGES[at]), "step": step, "seconds": round(elapsed), "single": single})
                 at += 1
-        if step % 500 == 0:
+        if step % 250 == 0:
             save(model, tokenizer, args.out, {"finished": False})
 
     held_out = {
         str(n): {
-            "single": accuracy(model, encoder, Stage(96, n), 0.0, 1000, 2 * 10**6),
-            "two_hop": accuracy(model, encoder, Stage(96, n), 1.0, 1000, 3 * 10**6),
+            "single": accuracy(model, encoder, Stage(96, n), 0.0, args.held_out, 2 * 10**6),
+            "two_hop": accuracy(model, encoder, Stage(96, n), 1.0, args.held_out, 3 * 10**6),
         }
         for n in (256, 512, 1024, 2048)
     }
     report = {"finished": True, "seed": args.seed, "minutes": args.minutes, "steps": step, "tokens": seen, "curriculum": history,
-              "questions_per_figure": 1000, "held_out": held_out}  # fmt: skip
+              "questions_per_figure": args.held_out, "held_out": held_out}  # fmt: skip
     save(model, tokenizer, args.out, report)
     print(json.dumps(report, indent=2))
 

@@ -24,7 +24,10 @@ class ByteSize(int):
         match = _SIZE.fullmatch(value) if isinstance(value, str) else None
         if match is None or match[2] not in _UNITS:
             raise ConfigError(f"{value!r} is not a size; write for example 512MiB, 32GiB or 2TB")
-        return cls(float(match[1]) * _UNITS[match[2]])
+        try:
+            return cls(float(match[1]) * _UNITS[match[2]])
+        except OverflowError:
+            raise ConfigError(f"{match[0][:20]}... is more bytes than there are") from None
 
     def __str__(self) -> str:
         return format_bytes(self)

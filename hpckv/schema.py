@@ -41,6 +41,8 @@ def read_yaml(path: Path) -> dict[str, Any]:
         mark = getattr(error, "problem_mark", None)
         line = f":{mark.line + 1}" if mark else ""
         raise ConfigError(f"{path}{line}: not valid YAML ({getattr(error, 'problem', error)})") from None
+    except (ValueError, RecursionError) as error:  # a date that is none, nesting without end
+        raise ConfigError(f"{path}: not valid YAML ({error})") from None
     if not isinstance(content, dict):
         raise ConfigError(f"{path}: expected a mapping of sections, got {type(content).__name__}")
     return content
@@ -82,7 +84,7 @@ def set_dotted(content: dict[str, Any], assignment: str) -> None:
         content = inner
     try:
         content[key] = yaml.safe_load(text)
-    except yaml.YAMLError:
+    except (yaml.YAMLError, ValueError, RecursionError):
         raise ConfigError(f"--set {assignment}: {text!r} is not a value that YAML can read") from None
 
 

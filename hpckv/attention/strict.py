@@ -73,7 +73,7 @@ class StrictBackend(AttentionBackend):
         )
 
     def _padded_slots(self, chunk: SequenceChunk) -> torch.Tensor:
-        """Slots of the sequence up to the chunk's end, padded with slot 0 (masked, its values finite) to whole splits."""
+        """Slots of the sequence up to the chunk's end, padded with slot 0 (masked, and zero) to whole splits."""
         pages = torch.tensor(chunk.pages[: -(-chunk.end // self.block_tokens)])
         slots = (pages[:, None] * self.block_tokens + torch.arange(self.block_tokens)).flatten()[: chunk.end]
         padded = torch.zeros(-(-chunk.end // SPLIT) * SPLIT, dtype=torch.long)

@@ -70,7 +70,8 @@ def probe(kind: str = "auto") -> Capability:
     if kind != "cpu" and torch.cuda.is_available():
         properties = torch.cuda.get_device_properties(torch.cuda.current_device())
         compute = (properties.major, properties.minor)
-        return Capability("cuda", properties.name, compute, properties.total_memory)
+        free, _ = torch.cuda.mem_get_info()  # others may be using this GPU too
+        return Capability("cuda", properties.name, compute, free)
     if kind == "cuda":
         raise CapabilityError("model.device: cuda was asked for, and torch sees no CUDA device here")
     return Capability("cpu", "CPU", (), available_memory_bytes(), _cpu_flags())

@@ -211,7 +211,12 @@ class Engine:
         if not plan.chunks:
             return []
         scheduled = time.perf_counter()
-        logits = self.runner.run(plan)
+        try:
+            logits = self.runner.run(plan)
+        except torch.OutOfMemoryError:
+            raise CapabilityError(
+                "the GPU's memory is full; lower cache.device_memory or engine.max_batch_tokens"
+            ) from None
         computed = time.perf_counter()
         self.scheduler.complete(plan)
         answers = self._append_sampled(plan, logits)
@@ -225,16 +230,25 @@ class Engine:
         params = params or SamplingParams()
         ids = [self.prompt_ids(prompt) for prompt in prompts]
         # Depth first through the prefix tree: equal beginnings become neighbours.
-        for order, number in enumerate(sorted(range(len(ids)), key=lambda n: ids[n])):
-            self.add(Request(str(number), ids[number], params, order))
-        ready: dict[str, Answer] = {}
-        for number in range(len(ids)):
-            while str(number) not in ready:
-                ready.update((answer.request_id, answer) for answer in self.step())
-            yield ready.pop(str(number))
+        order = sorted(range(len(ids)), key=lambda n: ids[n])
+        requests = [Request(str(number), ids[number], params, place) for place, number in enumerate(order)]
+        for request in requests:
+            self.check(request)
+        try:
+            for request in requests:
+                self.add(request)
+            ready: dict[str, Answer] = {}
+            for number in range(len(ids)):
+                while str(number) not in ready:
+                    ready.update((answer.request_id, answer) for answer in self.step())
+                yield ready.pop(str(number))
+        finally:  # the caller may have stopped early
+            self.abort_all()
 
     def abort_all(self) -> None:
         """Forget every unfinished request; their complete blocks stay in cache and store."""
+        if not self._loaded:
+            return
         self.scheduler.drop_unstarted()
         for seq in list(self.scheduler.running):
             self.scheduler.finish(seq)
@@ -276,6 +290,7 @@ class Engine:
         state.error = state.error or reason
         for sibling in state.sequences:
             sibling.finish_reason = sibling.finish_reason or "error"
+            self._streams.pop(sibling, None)
 
     def _collect(self, sequences: Sequence[RunningSequence]) -> list[Answer]:
         """Take finished sequences out; the answers that are complete by that."""

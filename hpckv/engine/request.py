@@ -130,6 +130,8 @@ class RunningSequence(CachedSequence):
         self.index = index
         self.seed = seed
         self.order = (request.order, index)
+        """Its place in the plan; the scheduler orders equals by arrival."""
+        self.arrival = 0
         self.was_admitted = False
         self.highest_computed = 0
         self.logprobs: list[TokenLogprob] = []

@@ -15,6 +15,7 @@ from hpckv.attention import SequenceChunk
 from hpckv.engine.scheduler import ScheduledChunk, StepPlan
 from hpckv.errors import CapabilityError
 from hpckv.kvcache.kv_pool import KVPool
+from hpckv.kvcache.page_pool import TRASH_PAGE
 from hpckv.model.decoder import Decoder, StepInput
 
 STRICT_ROWS = 64
@@ -74,7 +75,7 @@ class Runner:
             # A block that is registered is complete and may be shared: its page is never written again.
             shared_end = seq.num_registered * size
             slots += [
-                p % size if p < shared_end else seq.pages[p // size] * size + p % size
+                (TRASH_PAGE if p < shared_end else seq.pages[p // size]) * size + p % size
                 for p in range(chunk.start, chunk.end)
             ]
         sequences = [SequenceChunk(c.start, c.num_tokens, c.seq.pages) for c in chunks]
@@ -83,8 +84,8 @@ class Runner:
         if padding:  # rows of a made-up sequence in the trash page
             ids += [0] * padding
             positions += [0] * padding
-            slots += [0] * padding
-            sequences += [SequenceChunk(0, 1, (0,))] * padding
+            slots += [TRASH_PAGE * size] * padding
+            sequences += [SequenceChunk(0, 1, (TRASH_PAGE,))] * padding
         step = StepInput(
             torch.tensor(ids, device=device),
             torch.tensor(positions, device=device),

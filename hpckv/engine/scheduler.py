@@ -76,7 +76,7 @@ class Scheduler:
         self.stats = SchedulerStats()
         self.running: list[RunningSequence] = []
         self._waiting: list[tuple[tuple[int, int], int, RunningSequence]] = []
-        self._arrivals = itertools.count()
+        self._arrivals = itertools.count(1)
         self._held: dict[bytes, list[RunningSequence]] = defaultdict(list)
         self._chunk = config.chunk_tokens or config.max_batch_tokens
 
@@ -85,7 +85,8 @@ class Scheduler:
         return len(self.running) + len(self._waiting) + sum(map(len, self._held.values()))
 
     def add(self, seq: RunningSequence) -> None:
-        heapq.heappush(self._waiting, (seq.order, next(self._arrivals), seq))
+        seq.arrival = seq.arrival or next(self._arrivals)
+        heapq.heappush(self._waiting, (*_place(seq), seq))
 
     def next_step(self) -> StepPlan:
         """Choose the next forward's tokens and take their pages. Empty only when nothing is left."""
@@ -114,6 +115,7 @@ class Scheduler:
             if seq in self.running:
                 self.finish(seq)
                 continue
+            self._give_up_uses(seq)
             self._waiting = [entry for entry in self._waiting if entry[-1] is not seq]
             heapq.heapify(self._waiting)
             for held in self._held.values():
@@ -124,17 +126,24 @@ class Scheduler:
         dropped = [seq for *_, seq in self._waiting] + [seq for held in self._held.values() for seq in held]
         self._waiting.clear()
         self._held.clear()
+        for seq in dropped:
+            self._give_up_uses(seq)
         return dropped
 
+    def _give_up_uses(self, seq: RunningSequence) -> None:
+        if not seq.was_admitted:
+            seq.was_admitted = True
+            self.cache.forget_use(seq.keys)
+
     def _schedule_running(self, plan: StepPlan) -> None:
-        for seq in sorted(self.running, key=lambda s: s.order):
+        for seq in sorted(self.running, key=_place):
             limit = min(self._chunk, self.config.max_batch_tokens - plan.num_tokens)
             if limit <= 0:
                 return
             chunk = ScheduledChunk.next_of(seq, limit)
             # The victim comes last in order, so it has no chunk in this step yet: at worst it is `seq` itself.
             while seq in self.running and not self.cache.grow(seq, chunk.end):
-                self._preempt(max(self.running, key=lambda s: s.order))
+                self._preempt(max(self.running, key=_place))
             if seq in self.running:
                 plan.add(chunk)
             else:
@@ -179,3 +188,7 @@ class Scheduler:
         self.stats.prefill_tokens += in_prompt
         self.stats.decode_tokens += chunk.end - fresh - in_prompt
         seq.highest_computed = max(seq.highest_computed, chunk.end)
+
+
+def _place(seq: RunningSequence) -> tuple[tuple[int, int], int]:
+    return seq.order, seq.arrival

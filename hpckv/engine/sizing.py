@@ -8,8 +8,9 @@ from pathlib import Path
 from hpckv.device import Capability
 from hpckv.device.capability import DTYPES, available_memory_bytes
 from hpckv.engine.config import EngineConfig
-from hpckv.errors import CapabilityError
+from hpckv.errors import AccessError, CapabilityError
 from hpckv.kvcache import CacheConfig
+from hpckv.kvcache.page_pool import NUM_RESERVED
 from hpckv.model import ModelConfig
 from hpckv.model.weights import weight_files
 from hpckv.quantity import ByteSize, format_bytes
@@ -21,18 +22,20 @@ _WORKSPACE = 1.2
 
 @dataclass(frozen=True)
 class PagePlan:
-    """Pages on the device, the trash page included."""
+    """Pages on the device, the reserved ones included."""
 
     geometry: BlockGeometry
     num_pages: int
 
     @property
     def num_usable(self) -> int:
-        return self.num_pages - 1
+        return self.num_pages - NUM_RESERVED
 
     def at_most(self, num_tokens: int) -> PagePlan:
         """No more pages than a run of `num_tokens` cached tokens can use."""
-        return PagePlan(self.geometry, min(self.num_pages, 2 + -(-num_tokens // self.geometry.block_tokens)))
+        return PagePlan(
+            self.geometry, min(self.num_pages, NUM_RESERVED + 1 + -(-num_tokens // self.geometry.block_tokens))
+        )
 
 
 def plan_pages(
@@ -62,7 +65,7 @@ def plan_pages(
     else:
         room = int(room * cache.device_memory / 2)
     num_pages = room // geometry.block_bytes
-    if num_pages < 2:
+    if num_pages <= NUM_RESERVED:
         raise CapabilityError(
             f"the model does not fit: {model.num_parameters / 1e6:,.0f} M parameters in {dtype} need {format_bytes(weights)}, "
             f"{format_bytes(free)} of memory are free, and pages of {format_bytes(geometry.block_bytes)} come on top"
@@ -76,7 +79,10 @@ def build_namespace(
     """Identity and representation of an engine's blocks. Reads all weights, to digest them."""
     import torch
 
-    identity = Identity(weights=weights_digest(weight_files(folder)), config=model.raw)
+    try:
+        identity = Identity(weights=weights_digest(weight_files(folder)), config=model.raw)
+    except OSError as error:
+        raise AccessError(f"{error.filename or folder}: {error.strerror}") from None
     representation: dict[str, object] = {
         "dtype": dtype,
         "block_tokens": cache.block_tokens,

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from hpckv.kvcache.cache_manager import Connector
-from hpckv.kvcache.page_pool import TRASH_PAGE
+from hpckv.kvcache.page_pool import NUM_RESERVED
 from hpckv.store import BlockGeometry, TieredStore
 from hpckv.store.segment import StoredBlock
 
@@ -25,8 +25,8 @@ class KVPool:
         self.num_pages = num_pages
         shape = (g.num_layers, 2, num_pages * g.block_tokens, g.num_kv_heads, g.head_dim)
         self.tensor = torch.empty(shape, dtype=dtype, device=device)
-        # Padding reads the trash page: masked out, but 0 * NaN would not be.
-        self.tensor[:, :, : (TRASH_PAGE + 1) * g.block_tokens].zero_()
+        # Padding is masked out, but 0 * NaN would not be.
+        self.tensor[:, :, : NUM_RESERVED * g.block_tokens].zero_()
         self.layers = [(layer[0], layer[1]) for layer in self.tensor]
 
     def read_block(self, page: int) -> memoryview:

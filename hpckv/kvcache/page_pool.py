@@ -6,8 +6,8 @@ A page is in exactly one of these states:
     held      one or more sequences use it (its reference count)
     kept      nobody uses it, and its block may be wanted again; evicted when pages run out
 
-Kept pages whose block nobody in the run wants again go first, then the least recently used. Page 0 is the trash:
-keys and values that must not be kept are written there. It is never handed out.
+Kept pages whose block nobody in the run wants again go first, then the least recently used. Two pages are never
+handed out: padding reads page 0, which stays zero, and what must not be kept is written to page 1.
 """
 
 from __future__ import annotations
@@ -15,19 +15,21 @@ from __future__ import annotations
 from collections import OrderedDict, deque
 from collections.abc import Callable
 
-TRASH_PAGE = 0
+PADDING_PAGE = 0
+TRASH_PAGE = 1
+NUM_RESERVED = 2
 
 
 class PagePool:
-    """`num_pages` pages, the trash page included."""
+    """`num_pages` pages, the reserved ones included."""
 
     def __init__(self, num_pages: int, *, is_wanted: Callable[[bytes], bool] = lambda key: False) -> None:
         """`is_wanted` says of a block's key whether a request that has not started yet will use it."""
-        assert num_pages >= 2
+        assert num_pages > NUM_RESERVED
         self.num_pages = num_pages
         self.num_evicted = 0
         self._is_wanted = is_wanted
-        self._free = deque(range(1, num_pages))
+        self._free = deque(range(NUM_RESERVED, num_pages))
         self._references = [0] * num_pages
         self._key: list[bytes | None] = [None] * num_pages
         self._page_of: dict[bytes, int] = {}
@@ -37,7 +39,7 @@ class PagePool:
     @property
     def num_usable(self) -> int:
         """Pages that can be had at all."""
-        return self.num_pages - 1
+        return self.num_pages - NUM_RESERVED
 
     @property
     def num_available(self) -> int:
@@ -68,7 +70,7 @@ class PagePool:
 
     def retain(self, page: int) -> None:
         """One more sequence uses the page; it must be held or kept."""
-        assert page != TRASH_PAGE
+        assert page >= NUM_RESERVED
         if self._references[page] == 0:
             self._wanted.pop(page, None)
             self._unwanted.pop(page, None)
@@ -110,7 +112,7 @@ class PagePool:
         assert not set(self._wanted) & set(self._unwanted)
         assert not free & kept
         assert not held & (free | kept)
-        assert free | kept | held == set(range(1, self.num_pages))
+        assert free | kept | held == set(range(NUM_RESERVED, self.num_pages))
         assert all(self._key[p] is None for p in free)
         assert all(self._key[p] is not None for p in kept)
         assert self._page_of == {k: p for p, k in enumerate(self._key) if k is not None}

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from hpckv.errors import ModelError
+from hpckv.errors import AccessError, ModelError
 from hpckv.model.config import ModelConfig, RopeScaling
 
 Raw = Mapping[str, Any]
@@ -78,8 +78,11 @@ KNOWN_ARCHITECTURES = tuple(FAMILIES)
 
 def read_config(folder: Path) -> ModelConfig:
     """Read `config.json` and `generation_config.json` of a Hugging Face folder; raises `ModelError` naming the file."""
-    if not folder.is_dir():
-        raise ModelError(f"{folder}: no such model folder")
+    try:
+        if not folder.is_dir():
+            raise ModelError(f"{folder}: no such model folder")
+    except PermissionError:
+        raise AccessError(f"{folder}: permission denied") from None
     raw = _read_json(folder / "config.json")
     generation_file = folder / "generation_config.json"
     generation = _read_json(generation_file) if generation_file.exists() else {}
@@ -87,7 +90,7 @@ def read_config(folder: Path) -> ModelConfig:
         return from_raw(raw, generation)
     except KeyError as error:
         raise ModelError(f"{folder / 'config.json'}: {error.args[0]} is missing") from None
-    except ModelError as error:
+    except (ModelError, TypeError, ValueError, ZeroDivisionError, AttributeError) as error:
         raise ModelError(f"{folder / 'config.json'}: {error}") from None
 
 

@@ -27,9 +27,17 @@ class Tokenizer:
             self._fast = FastTokenizer.from_file(str(file))
         except Exception as error:  # noqa: BLE001 - the library raises plain Exception
             raise ModelError(f"{file}: not readable as a tokenizer ({error})") from None
+        # Left over from training in many checkpoints; a prompt is never shortened or filled up unasked.
+        self._fast.no_truncation()
+        self._fast.no_padding()
         settings = folder / "tokenizer_config.json"
-        self._config: dict[str, Any] = json.loads(settings.read_text(encoding="utf-8")) if settings.exists() else {}
-        self._template = _find_template(folder, self._config)
+        try:
+            self._config: dict[str, Any] = (
+                dict(json.loads(settings.read_text(encoding="utf-8"))) if settings.exists() else {}
+            )
+            self._template = _find_template(folder, self._config)
+        except (OSError, ValueError, TypeError, KeyError, jinja2.TemplateError) as error:
+            raise ModelError(f"{settings}: not readable, or its chat template is not ({error})") from None
 
     @property
     def has_chat_template(self) -> bool:
@@ -51,7 +59,7 @@ class Tokenizer:
             raise InputError("the model has no chat template; use /v1/completions")
         try:
             return self._template.render(messages=messages, add_generation_prompt=True, **self._special_tokens())
-        except jinja2.TemplateError as error:
+        except Exception as error:  # noqa: BLE001 - a template is a program of somebody else's
             raise InputError(f"the chat template refuses these messages ({error})") from None
 
     def decode(self, ids: Sequence[int]) -> str:

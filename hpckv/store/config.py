@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
+from hpckv.errors import ConfigError
 from hpckv.quantity import ByteSize
 from hpckv.schema import Config
 
@@ -27,3 +28,9 @@ class StoreConfig(Config, frozen=True):
     """A segment is sealed when it holds so many bytes of blocks (or at the end, or after `seal_s`)."""
     seal_s: float = 60.0
     """Longest time a computed block waits in an open segment, seconds."""
+
+    def __post_init__(self) -> None:
+        if not self.seal_s > 0:
+            raise ConfigError(f"store.seal_s: {self.seal_s} is not above 0")
+        if self.segment_size < 1:
+            raise ConfigError(f"store.segment_size: {self.segment_size} is not above 0")

@@ -183,12 +183,14 @@ class FileTier(Tier):
         """Index segments that appeared since the last look, and forget those that went."""
         self._next_refresh = time.monotonic() + self._refresh_s
         namespace = self._context.namespace.hex()
+        with self._lock:  # the sealing thread adds to it
+            known = set(self._known)
         present: set[Path] = set()
         for folder in [*self._users.glob(f"*/seg/{namespace}")]:
             try:
                 changed = folder.stat().st_mtime_ns
                 if self._listed.get(folder) == changed:
-                    present.update(p for p in self._known if p.parent == folder)
+                    present.update(p for p in known if p.parent == folder)
                     continue
                 found = [Path(e.path) for e in os.scandir(folder) if e.name.endswith(".h5")]
             except OSError as error:
@@ -200,7 +202,7 @@ class FileTier(Tier):
             # A change within the same clock tick as this listing must be seen next time.
             self._listed[folder] = changed if time.time_ns() - changed > 2_000_000_000 else -1
         with self._lock:
-            for path in self._known - present:
+            for path in known - present:
                 self._forget_file(path)
                 self._known.discard(path)
                 for key in [k for k, (p, _) in self._index.items() if p == path]:
@@ -267,7 +269,7 @@ class FileTier(Tier):
     def _seal_loop(self) -> None:
         while True:
             try:
-                blocks = self._work.get(timeout=min(1.0, self._seal_s))
+                blocks = self._work.get(timeout=min(1.0, max(0.02, self._seal_s)))
             except queue.Empty:
                 self._seal_if_old()
                 continue

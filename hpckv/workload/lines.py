@@ -11,7 +11,7 @@ from typing import Any
 import msgspec
 
 from hpckv.engine.request import SamplingParams
-from hpckv.errors import ConfigError, InputError, MissingInputError
+from hpckv.errors import AccessError, ConfigError, InputError, MissingInputError
 from hpckv.schema import convert
 
 CHAT_URL = "/v1/chat/completions"
@@ -84,6 +84,8 @@ def _raw_lines(path: Path) -> Iterator[tuple[int, bytes]]:
             for number, raw in enumerate(file, start=1):
                 if raw.strip():
                     yield number, raw
+    except PermissionError:
+        raise AccessError(f"{path}: permission denied") from None
     except OSError as error:
         raise MissingInputError(f"{path}: {error.strerror}") from None
 
@@ -94,14 +96,19 @@ def _read_line(number: int, raw: bytes, defaults: SamplingParams, unknown: dict[
         record = json.loads(raw.decode("utf-8"))
         if not isinstance(record, dict):
             raise InputError("expected a JSON object")
+        json.dumps(record, ensure_ascii=False).encode()  # half a surrogate pair passes JSON and nothing after it
         custom_id = record.get("custom_id")
         return _parse(number, record, defaults, unknown)
     except UnicodeDecodeError:
         return BadLine(number, None, "not UTF-8")
+    except UnicodeEncodeError:
+        return BadLine(number, None, "has half a surrogate pair (text cut inside a character)")
     except json.JSONDecodeError as error:
         return BadLine(number, None, f"not valid JSON ({error.msg} at column {error.colno})")
     except (InputError, ConfigError) as error:
         return BadLine(number, custom_id if isinstance(custom_id, str) else None, str(error))
+    except (ValueError, RecursionError):
+        return BadLine(number, None, "not valid JSON (a number too long, or nested too deep)")
 
 
 def _parse(number: int, record: Mapping[str, Any], defaults: SamplingParams, unknown: dict[str, int]) -> BatchLine:

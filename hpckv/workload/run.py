@@ -23,9 +23,10 @@ from hpckv.errors import (
     EXIT_OK,
     CannotWriteError,
     CapacityError,
+    ConfigError,
     InputError,
 )
-from hpckv.schema import to_plain
+from hpckv.schema import read_yaml, to_plain
 from hpckv.workload.answers import bad_line_record, error_line, output_line
 from hpckv.workload.drain import Drain
 from hpckv.workload.lines import BadLine, BatchInput, BatchLine, read_batch
@@ -74,8 +75,10 @@ def run_batch(config: RunConfig, options: RunOptions, drain: Drain) -> int:
 def _run_locked(
     config: RunConfig, options: RunOptions, drain: Drain, batch: BatchInput, directory: Path, started: float
 ) -> int:
-    write_file(directory / "config.yaml", yaml.safe_dump(to_plain(config), sort_keys=False))
     output = OutputFile(directory / "output.jsonl")
+    if output.done:
+        _refuse_another_run(directory, config)
+    write_file(directory / "config.yaml", yaml.safe_dump(to_plain(config), sort_keys=False))
     errors = [bad_line_record(bad) for bad in batch.bad]
 
     from hpckv.engine.engine import Engine
@@ -100,8 +103,10 @@ def _run_locked(
         errors += summary.failed
         _write_errors(directory, errors)
     finally:
-        engine.close()
-        output.close()
+        try:
+            output.close()  # answers first: a signal leaves little time
+        finally:
+            engine.close()
     summary.seconds = time.monotonic() - started
     write_file(directory / "summary.json", json.dumps(summary.record(engine, plan), indent=2))
     return _exit_code(config, options, batch, output, errors, summary)
@@ -178,6 +183,23 @@ def _make_run_directory(directory: Path) -> Path:
     except OSError as error:
         raise CannotWriteError(f"{directory}: {error.strerror}") from None
     return directory
+
+
+def _refuse_another_run(directory: Path, config: RunConfig) -> None:
+    """A resumed run must give the answers it would have given at once: raise `ConfigError` for what would change them."""
+    before, now = directory / "config.yaml", to_plain(config)
+    if not before.exists():
+        return
+    was = read_yaml(before)
+    for name in ("model", "sampling", "engine.numerics", "engine.seed"):
+        old: Any = was
+        new: Any = now
+        for part in name.split("."):
+            old, new = (old or {}).get(part), (new or {}).get(part)
+        if old != new:
+            raise ConfigError(
+                f"{directory}: holds answers of a run with another {name}; take another --output, or remove the folder"
+            )
 
 
 def _write_errors(directory: Path, errors: Sequence[dict[str, Any]]) -> None:

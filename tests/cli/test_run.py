@@ -8,6 +8,8 @@ import sys
 import time
 
 import pytest
+from openai.types import Completion
+from openai.types.chat import ChatCompletion
 
 from tests.cli.runs import answers, chat_lines, hpckv, texts, write_run
 
@@ -52,7 +54,9 @@ def test_an_openai_client_reads_the_lines(checkpoint, tmp_path):
     entry = body["choices"][0]["logprobs"]["content"][0]
     assert entry["logprob"] <= 0
     assert len(entry["top_logprobs"]) == 2
+    ChatCompletion.model_validate(body, strict=True)
     completion = rows["t"]["response"]["body"]
+    Completion.model_validate(completion, strict=True)
     assert completion["object"] == "text_completion"
     assert len(completion["choices"][0]["logprobs"]["tokens"]) == 3
 
@@ -132,3 +136,12 @@ def test_the_environment_overrides_the_run_file(checkpoint, tmp_path):
     assert hpckv("run", run, env=env).returncode == 0
     assert len(texts(tmp_path, "elsewhere")) == 2
     assert (tmp_path / "envkv" / "STORE.json").exists()
+
+
+def test_a_run_with_other_settings_is_not_mixed_into_the_answers_that_are_there(checkpoint, tmp_path):
+    run = write_run(tmp_path, checkpoint("llama", tokenizer=True), chat_lines(2))
+    assert hpckv("run", run).returncode == 0
+    other = hpckv("run", run, "--set", "sampling.temperature=0.5")
+    assert other.returncode == 64
+    assert "another sampling" in other.stderr
+    assert hpckv("run", run, "--set", "engine.max_requests=1").returncode == 0

@@ -133,3 +133,22 @@ def test_generate_yields_in_the_order_of_the_prompts(engine):
     prompts = ["zebra", [5, 6, 7], [{"role": "user", "content": "hi"}], "ant"]
     found = list(engine.generate(prompts, SamplingParams(max_tokens=3)))
     assert [a.usage.prompt_tokens for a in found] == [5, 3, len(engine.prompt_ids(prompts[2])), 3]
+
+
+def test_an_abandoned_or_refused_generate_leaves_the_engine_usable(engine):
+    params = SamplingParams(max_tokens=3, ignore_eos=True)
+    wanted = [a.token_ids for a in engine.generate([[5, 6], [7, 8]], params)]
+    for _ in engine.generate([[5, 6], [7, 8]], params):
+        break
+    with pytest.raises(CapacityError):
+        list(engine.generate([[5, 6], [5] * 600], params))
+    assert [a.token_ids for a in engine.generate([[5, 6], [7, 8]], params)] == wanted
+    engine.cache.check_integrity(engine.scheduler.running)
+
+
+def test_requests_of_equal_order_survive_preemption(checkpoint):
+    small = Engine(checkpoint("llama"), cache=CacheConfig(block_tokens=8, device_memory="800KiB"))
+    params = SamplingParams(max_tokens=40, ignore_eos=True)
+    found = answers(small, [Request(str(n), [n + 3] * 30, params) for n in range(6)])
+    assert small.scheduler.stats.preemptions > 0
+    assert {len(a.token_ids) for a in found.values()} == {40}

@@ -28,7 +28,7 @@ class Simulation:
         self.prompts = [PlannedPrompt(p, keys_of(p)) for p in prompts]
         self.plan = plan_run(self.prompts, SIZE)
         self.cache = CacheManager(
-            pages + 1, SIZE, lambda parent, tokens: block_key(EPOCH, IDENTITY, parent or ROOT_KEY, tokens)
+            pages + 2, SIZE, lambda parent, tokens: block_key(EPOCH, IDENTITY, parent or ROOT_KEY, tokens)
         )
         self.config = EngineConfig(**{"max_batch_tokens": 64, **config})
         self.scheduler = Scheduler(self.config, self.cache)

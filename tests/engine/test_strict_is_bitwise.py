@@ -64,9 +64,9 @@ def test_cold_warm_chunked_shuffled_are_equal(case, device, checkpoint):
     folder = checkpoint(family, **changes)
     alone: dict[tuple, dict] = {}
 
-    @settings(max_examples=12, deadline=None, derandomize=True)
+    @settings(max_examples=6, deadline=None, derandomize=True)
     @given(
-        shared=st.sampled_from([0, 5, 8, 40, 61, 270]),
+        shared=st.sampled_from([0, 5, 8, 40, 61]),
         chunk=st.sampled_from([0, 1, 7, 64]),
         batch=st.sampled_from([64, 97, 300]),
         order=st.permutations(["a", "b", "c", "d"]),
@@ -93,13 +93,25 @@ def test_cold_warm_chunked_shuffled_are_equal(case, device, checkpoint):
     check()
 
 
+def test_prompts_beyond_one_split_of_keys_are_equal_too(checkpoint):
+    folder = checkpoint("llama")
+    rng = random.Random(8)
+    head = rng.choices(range(3, 120), k=270)
+    prompts = {name: head + rng.choices(range(3, 120), k=n) for name, n in zip("ab", (3, 9), strict=True)}
+    alone = {}
+    for name in prompts:
+        alone |= run(make_engine(folder, "float32", "cpu", batch=512), prompts, [name])
+    together = run(make_engine(folder, "float32", "cpu", chunk=50, batch=97), prompts, ["b", "a"])
+    assert all(torch.equal(together[place], logits) for place, logits in alone.items())
+
+
 def test_preemption_and_eviction_change_no_bit(checkpoint):
     folder = checkpoint("llama")
     rng = random.Random(3)
     head = rng.choices(range(3, 120), k=30)
     prompts = {str(n): head + rng.choices(range(3, 120), k=20 + n) for n in range(8)}
     roomy = run(make_engine(folder, "float32", "cpu", batch=256), prompts, list(prompts))
-    tight_engine = make_engine(folder, "float32", "cpu", batch=256, memory="270KiB")
+    tight_engine = make_engine(folder, "float32", "cpu", batch=256, memory="800KiB")
     tight = run(tight_engine, prompts, list(prompts))
     assert tight_engine.scheduler.stats.preemptions > 0
     assert tight_engine.cache.pool.num_evicted > 0

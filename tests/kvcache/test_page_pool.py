@@ -13,7 +13,7 @@ def key(number: int) -> bytes:
 
 def test_unwanted_pages_go_before_wanted_ones_and_older_before_newer():
     wanted = {key(1)}
-    pool = PagePool(5, is_wanted=lambda k: k in wanted)
+    pool = PagePool(6, is_wanted=lambda k: k in wanted)
     pages = [pool.allocate() for _ in range(4)]
     for number, page in enumerate(pages):
         pool.register(page, key(number))
@@ -26,7 +26,7 @@ def test_unwanted_pages_go_before_wanted_ones_and_older_before_newer():
 
 def test_a_block_that_loses_its_last_use_becomes_evictable_first():
     wanted = {key(0), key(1)}
-    pool = PagePool(3, is_wanted=lambda k: k in wanted)
+    pool = PagePool(4, is_wanted=lambda k: k in wanted)
     first, second = pool.allocate(), pool.allocate()
     pool.register(first, key(0))
     pool.register(second, key(1))
@@ -40,7 +40,7 @@ def test_a_block_that_loses_its_last_use_becomes_evictable_first():
 
 
 def test_a_second_page_with_the_same_block_stays_private():
-    pool = PagePool(3)
+    pool = PagePool(4)
     first, second = pool.allocate(), pool.allocate()
     assert pool.register(first, key(0))
     assert not pool.register(second, key(0))
@@ -56,7 +56,7 @@ class PoolMachine(RuleBasedStateMachine):
     def __init__(self):
         super().__init__()
         self.wanted: set[bytes] = set()
-        self.pool = PagePool(8, is_wanted=lambda k: k in self.wanted)
+        self.pool = PagePool(9, is_wanted=lambda k: k in self.wanted)
         self.held: list[int] = []
 
     @rule()

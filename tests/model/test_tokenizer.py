@@ -54,3 +54,23 @@ def test_a_template_cannot_reach_the_machine(folder, tmp_path):
     (copy / "chat_template.jinja").write_text("{{ ''.__class__.__mro__[1].__subclasses__() }}")
     with pytest.raises(InputError):
         Tokenizer(copy).encode_chat(MESSAGES)
+
+
+def test_truncation_and_padding_left_in_the_file_have_no_effect(folder, tmp_path):
+    copy = tmp_path / "model"
+    shutil.copytree(folder, copy)
+    content = json.loads((copy / "tokenizer.json").read_text())
+    content["truncation"] = {"direction": "Right", "max_length": 4, "strategy": "LongestFirst", "stride": 0}
+    (copy / "tokenizer.json").write_text(json.dumps(content))
+    assert len(Tokenizer(copy).encode("a long text")) == 11
+
+
+@pytest.mark.parametrize(
+    "content", ["{", "[1]", '{"chat_template": "{% if %}"}', '{"chat_template": [{"name": "default"}]}']
+)
+def test_a_damaged_tokenizer_config_is_named(folder, tmp_path, content):
+    copy = tmp_path / "model"
+    shutil.copytree(folder, copy)
+    (copy / "tokenizer_config.json").write_text(content)
+    with pytest.raises(ModelError, match="tokenizer_config"):
+        Tokenizer(copy)

@@ -53,6 +53,9 @@ def test_a_body_overrides_the_run_files_defaults(tmp_path):
     [
         ('{"custom_id": "a", "body"', "not valid JSON"),
         (b'{"custom_id": "\xff"}', "not UTF-8"),
+        (line("b", prompt="cut \ud83d"), "surrogate"),
+        ('{"custom_id": "b", "body": {"prompt": [' + "1" * 5000 + "]}}", "too long"),
+        ("[" * 100_000, "nested too deep"),
         ("[1]", "expected a JSON object"),
         ('{"body": {"prompt": "x"}}', "custom_id is missing"),
         ('{"custom_id": "b"}', "body is missing"),
