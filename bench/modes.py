@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """What hpckv's own switches cost and save: shared-prefix attention on and off, fast and strict; interleaved, medians.
 
-    python bench/modes.py --rounds 3
+python bench/modes.py --rounds 3
 """
 
 from __future__ import annotations
@@ -59,7 +59,9 @@ def main() -> None:
     for (workload, cache, name), found in walls.items():
         fast = statistics.median(walls[workload, cache, "fast"])
         middle = statistics.median(found)
-        table.add_row(workload, cache, name, f"{middle:.2f}", " ".join(f"{s:.2f}" for s in found), f"{middle / fast:.2f}")
+        table.add_row(
+            workload, cache, name, f"{middle:.2f}", " ".join(f"{s:.2f}" for s in found), f"{middle / fast:.2f}"
+        )
     Console(width=150, highlight=False).print(table)
 
 
