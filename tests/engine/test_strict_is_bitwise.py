@@ -48,10 +48,12 @@ def make_engine(folder, dtype, device, *, chunk=0, batch=64, memory="8MiB") -> E
     )
 
 
-def run(engine: Engine, prompts: dict[str, list[int]], order: list[str]) -> dict[tuple[str, int], torch.Tensor]:
+def run(
+    engine: Engine, prompts: dict[str, list[int]], order: list[str], *, tokens: int = 6
+) -> dict[tuple[str, int], torch.Tensor]:
     recorder = Recorder(engine)
     for place, name in enumerate(order):
-        engine.add(Request(name, prompts[name], SamplingParams(max_tokens=6, ignore_eos=True), place))
+        engine.add(Request(name, prompts[name], SamplingParams(max_tokens=tokens, ignore_eos=True), place))
     while engine.num_unfinished:
         engine.step()
     return recorder.seen
@@ -110,9 +112,9 @@ def test_preemption_and_eviction_change_no_bit(checkpoint):
     rng = random.Random(3)
     head = rng.choices(range(3, 120), k=30)
     prompts = {str(n): head + rng.choices(range(3, 120), k=20 + n) for n in range(8)}
-    roomy = run(make_engine(folder, "float32", "cpu", batch=256), prompts, list(prompts))
+    roomy = run(make_engine(folder, "float32", "cpu", batch=256), prompts, list(prompts), tokens=24)
     tight_engine = make_engine(folder, "float32", "cpu", batch=256, memory="800KiB")
-    tight = run(tight_engine, prompts, list(prompts))
+    tight = run(tight_engine, prompts, list(prompts), tokens=24)
     assert tight_engine.scheduler.stats.preemptions > 0
     assert tight_engine.cache.pool.num_evicted > 0
     assert all(torch.equal(tight[place], roomy[place]) for place in roomy)
