@@ -65,6 +65,11 @@ def plan_pages(
     else:
         room = int(room * cache.device_memory / 2)
     num_pages = room // geometry.block_bytes
+    if num_pages <= NUM_RESERVED and isinstance(cache.device_memory, str):
+        raise CapabilityError(
+            f"cache.device_memory: {cache.device_memory} holds {num_pages} pages of {format_bytes(geometry.block_bytes)}, "
+            f"at least {NUM_RESERVED + 1} are needed"
+        )
     if num_pages <= NUM_RESERVED:
         raise CapabilityError(
             f"the model does not fit: {model.num_parameters / 1e6:,.0f} M parameters in {dtype} need {format_bytes(weights)}, "

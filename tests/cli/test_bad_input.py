@@ -147,7 +147,9 @@ def test_a_model_that_does_not_fit_is_refused_before_loading(model, tmp_path):
         78,
         "cache.device_memory",
     )
-    small = {"block_tokens": 16, "device_memory": "200KiB"}
+    none = {"block_tokens": 16, "device_memory": "200KiB"}
+    fails(hpckv("run", write_run(tmp_path, model, chat_lines(1), cache=none)), 78, "cache.device_memory", "pages")
+    small = {"block_tokens": 16, "device_memory": "300KiB"}
     fails(hpckv("run", write_run(tmp_path, model, chat_lines(1), cache=small)), 65, "cache.device_memory")
 
 
