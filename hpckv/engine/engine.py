@@ -272,7 +272,7 @@ class Engine:
         sequences = [chunk.seq for chunk in plan.chunks if chunk.samples]
         draws = [Draw(seq.params, seq.seed, len(seq.tokens)) for seq in sequences]
         tokens, logprobs = sample(logits_RV, draws)
-        finite = logits_RV.isfinite().all(-1).tolist()
+        finite = logits_RV.sum(-1).isfinite().tolist()  # one pass: NaN and infinity outlive any sum
         for seq, token, logprob, is_finite in zip(sequences, tokens, logprobs, finite, strict=True):
             if not is_finite:  # an answer drawn from these would be silently wrong
                 self._fail(
