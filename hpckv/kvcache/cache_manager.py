@@ -22,8 +22,8 @@ class Connector(ABC):
     """Between pages and a store of blocks."""
 
     @abstractmethod
-    def contains(self, key: bytes) -> bool:
-        """Whether loading the block is worth trying; no I/O."""
+    def match(self, keys: Sequence[bytes]) -> int:
+        """How many leading blocks are worth trying to load; no I/O."""
 
     @abstractmethod
     def onboard(self, keys: Sequence[bytes], pages: Sequence[int]) -> list[str]:
@@ -136,9 +136,7 @@ class CacheManager:
             if page is None:
                 break
             found.append(page)
-        stored = len(found)
-        while self._connector and stored < len(keys) and self._connector.contains(keys[stored]):
-            stored += 1
+        stored = len(found) + (self._connector.match(keys[len(found) :]) if self._connector else 0)
         awaited = stored
         while awaited < len(keys) and keys[awaited] in self._computing:
             awaited += 1

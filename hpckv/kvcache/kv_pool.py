@@ -53,8 +53,8 @@ class StoreConnector(Connector):
         self._pool, self._store = pool, store
         self._buffer = bytearray(pool.geometry.block_bytes)
 
-    def contains(self, key: bytes) -> bool:
-        return self._store.contains(key)
+    def match(self, keys: Sequence[bytes]) -> int:
+        return self._store.match(keys)
 
     def onboard(self, keys: Sequence[bytes], pages: Sequence[int]) -> list[str]:
         tiers: list[str] = []

@@ -6,14 +6,20 @@ without the secret can test guessed prompts against names (`docs/store-format.md
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 
 import numpy as np
 from blake3 import blake3
 
 KEY_BYTES = 32
 DIGEST_BYTES = 16
+Box = tuple[int, int, int, int]
+"""A part of every block: KV heads [h0, h1) x layers [l0, l1) of the model."""
+
+_PLACE = struct.Struct("<III")
 ROOT_KEY = bytes(KEY_BYTES)
 """Parent of a prompt's first block."""
 
@@ -58,10 +64,30 @@ def check_golden_vector() -> None:
 
 
 @dataclass(frozen=True)
-class BlockGeometry:
-    """The bytes of one block: KV head, then layer, then K|V, then token, then dim.
+class Tile:
+    """One KV head x layers [first_layer, end_layer) of a block: the unit of checksum and of the smallest read."""
 
-    A tile is one KV head x up to `layers_per_tile` layers: the unit of checksum and of the smallest read.
+    head: int
+    first_layer: int
+    end_layer: int
+    span: slice
+    """Its bytes in the payload of the box it was cut from."""
+
+    def digest(self, epoch_key: bytes, key: bytes, data: memoryview) -> bytes:
+        """Keyed BLAKE3-128 over the block's key, the tile's place in the model and its bytes."""
+        place = _PLACE.pack(self.head, self.first_layer, self.end_layer)
+        hasher = blake3(key + place, key=epoch_key)
+        hasher.update(data)
+        return hasher.digest(DIGEST_BYTES)
+
+
+@dataclass(frozen=True)
+class BlockGeometry:
+    """The bytes of one block, or of the box of it that one rank owns: KV head, then layer, then K|V, then token, then dim.
+
+    The box is KV heads [first_head, first_head + num_kv_heads) x layers [first_layer, first_layer + num_layers) of the
+    model. Tiles are cut on the model's own grid of `layers_per_tile` layers, so boxes of every topology agree on them
+    except where a box's edge cuts one in two.
     """
 
     num_kv_heads: int
@@ -70,6 +96,8 @@ class BlockGeometry:
     head_dim: int
     item_bytes: int
     layers_per_tile: int = 4
+    first_head: int = 0
+    first_layer: int = 0
 
     @property
     def layer_bytes(self) -> int:
@@ -81,21 +109,43 @@ class BlockGeometry:
         return self.num_kv_heads * self.num_layers * self.layer_bytes
 
     @property
-    def tiles(self) -> list[slice]:
-        """Byte ranges of a block's tiles, in payload order."""
-        head_bytes = self.num_layers * self.layer_bytes
-        step = self.layers_per_tile * self.layer_bytes
-        return [
-            slice(head * head_bytes + at, head * head_bytes + min(at + step, head_bytes))
-            for head in range(self.num_kv_heads)
-            for at in range(0, head_bytes, step)
-        ]
+    def box(self) -> Box:
+        return (
+            self.first_head,
+            self.first_head + self.num_kv_heads,
+            self.first_layer,
+            self.first_layer + self.num_layers,
+        )
+
+    def with_box(self, first_head: int, end_head: int, first_layer: int, end_layer: int) -> BlockGeometry:
+        """The same blocks, cut to another box."""
+        return replace(
+            self,
+            num_kv_heads=end_head - first_head,
+            num_layers=end_layer - first_layer,
+            first_head=first_head,
+            first_layer=first_layer,
+        )
+
+    @cached_property
+    def tiles(self) -> tuple[Tile, ...]:
+        """Tiles in payload order."""
+        first_head, end_head, first_layer, end_layer = self.box
+        out, at = [], 0
+        for head in range(first_head, end_head):
+            layer = first_layer
+            while layer < end_layer:
+                end = min(end_layer, (layer // self.layers_per_tile + 1) * self.layers_per_tile)
+                size = (end - layer) * self.layer_bytes
+                out.append(Tile(head, layer, end, slice(at, at + size)))
+                layer, at = end, at + size
+        return tuple(out)
+
+    def span(self, head: int, first_layer: int, end_layer: int) -> slice:
+        """Where layers [first_layer, end_layer) of a KV head lie in this box's payload: always one run of bytes."""
+        at = ((head - self.first_head) * self.num_layers + first_layer - self.first_layer) * self.layer_bytes
+        return slice(at, at + (end_layer - first_layer) * self.layer_bytes)
 
     def digests(self, epoch_key: bytes, key: bytes, payload: memoryview) -> bytes:
-        """Keyed BLAKE3-128 of every tile, bound to the block's key and the tile's place, one after another."""
-        out = []
-        for number, tile in enumerate(self.tiles):
-            hasher = blake3(key + number.to_bytes(4, "little"), key=epoch_key)
-            hasher.update(payload[tile])
-            out.append(hasher.digest(DIGEST_BYTES))
-        return b"".join(out)
+        """The digests of all tiles, one after another."""
+        return b"".join(tile.digest(epoch_key, key, payload[tile.span]) for tile in self.tiles)

@@ -15,7 +15,8 @@ class StoreConfig(Config, frozen=True):
     shared: str
     """Folder of the store; on a cluster, a project's folder on Lustre or NFS. Made on first use."""
     local: str = "auto"
-    """Node-local folder for read-through copies. Not used by this version: the run says so once if a path is given."""
+    """Node-local folder for read-through copies; `none`; or `auto`: where the store lies on a network filesystem, the node's
+    own disk ($HPCKV_LOCAL, $SLURM_TMPDIR, $TMPDIR, /local/$USER/$SLURM_JOB_ID, /tmp)."""
     local_size: ByteSize = ByteSize(200 * 1024**3)
     """Budget of the node-local copies."""
     host_size: ByteSize = ByteSize(1024**3)

@@ -6,33 +6,50 @@ Only this module renames files into place.
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import secrets
-from collections.abc import Iterable
+from collections import deque
+from collections.abc import Sequence
 from pathlib import Path
+
+_AT_ONCE = 512
+"""Parts handed to one writev(); the kernel takes 1,024."""
 
 Buffer = bytes | bytearray | memoryview
 
 
-def publish(path: Path, parts: Iterable[Buffer], *, mode: int = 0o440, replace: bool = True) -> None:
+def publish(
+    path: Path,
+    parts: Sequence[Buffer],
+    *,
+    mode: int = 0o440,
+    replace: bool = True,
+    gid: int | None = None,
+    is_durable: bool = True,
+) -> None:
     """Write `parts` to a new file and bring it into view as `path`. On return it survives a power cut.
 
-    With `replace` false an existing file is left as it is and `FileExistsError` raised, also when two processes
-    try at once. Raises `OSError`; then `path` is as it was. A lost rename reply is recognised as success.
+    `gid` is the group the file must come to belong to: elsewhere it would count against another quota and be seen by
+    others. Not `is_durable`: complete before it is seen, but not synced; for copies whose loss costs nothing. With
+    `replace` false an existing file is left as it is and `FileExistsError` raised, also when two processes try at once.
+    Raises `OSError`; then `path` is as it was. A lost rename reply is recognised as success.
     """
     # A name of its own in the target directory: no two writers share it, and the rename stays in one directory.
     temporary = path.with_name(f".tmp-{secrets.token_hex(8)}-{os.uname().nodename}-{os.getpid()}")
     fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
     try:
         try:
-            for part in parts:
-                _write_all(fd, memoryview(part).cast("B"))
+            written = os.fstat(fd)
+            if gid is not None and written.st_gid != gid:
+                raise PermissionError(errno.EPERM, f"its files get group {written.st_gid}, not the project's {gid}")
+            _write_all(fd, parts)
             os.fchmod(fd, mode)
-            # Lustre and NFS report a full quota here, not at write(). A descriptor that failed is never retried.
-            os.fsync(fd)
+            if is_durable:
+                # Lustre and NFS report a full quota here, not at write(). A descriptor that failed is never retried.
+                os.fsync(fd)
         finally:
             os.close(fd)
-        written = os.stat(temporary)
         try:
             if replace:
                 os.rename(temporary, path)
@@ -48,8 +65,9 @@ def publish(path: Path, parts: Iterable[Buffer], *, mode: int = 0o440, replace: 
         with contextlib.suppress(OSError):
             os.unlink(temporary)
         raise
-    # The name itself is on the disk only when its directory is.
-    sync_directory(path.parent)
+    if is_durable:
+        # The name itself is on the disk only when its directory is.
+        sync_directory(path.parent)
 
 
 def sync_directory(path: Path) -> None:
@@ -61,9 +79,14 @@ def sync_directory(path: Path) -> None:
         os.close(fd)
 
 
-def _write_all(fd: int, data: memoryview) -> None:
-    while data:
-        data = data[os.write(fd, data) :]
+def _write_all(fd: int, parts: Sequence[Buffer]) -> None:
+    waiting = deque(memoryview(part).cast("B") for part in parts if len(part))
+    while waiting:
+        written = os.writev(fd, [waiting[n] for n in range(min(len(waiting), _AT_ONCE))])
+        while waiting and written >= len(waiting[0]):
+            written -= len(waiting.popleft())
+        if written:
+            waiting[0] = waiting[0][written:]
 
 
 def _is_same_file(path: Path, written: os.stat_result) -> bool:

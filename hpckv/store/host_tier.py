@@ -5,7 +5,9 @@ from __future__ import annotations
 import threading
 import time
 from collections import Counter, OrderedDict
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+
+import numpy as np
 
 from hpckv.store.block import BlockGeometry
 from hpckv.store.segment import StoredBlock
@@ -26,21 +28,21 @@ class HostTier(Tier):
         self._pins: Counter[bytes] = Counter()
         self._lock = threading.Lock()
 
-    def contains(self, key: bytes) -> bool:
-        return key in self._blocks
+    def present(self, keys: Sequence[bytes]) -> np.ndarray:
+        with self._lock:
+            return np.fromiter((key in self._blocks for key in keys), bool, len(keys))
 
     def get(self, key: bytes, into: memoryview) -> bool:
         start = time.perf_counter()
         with self._lock:
             payload = self._blocks.get(key)
-            if payload is None:
-                self.stats.misses["absent"] += 1
-                return False
-            self._blocks.move_to_end(key)
+            if payload is not None:
+                self._blocks.move_to_end(key)
+        if payload is None:
+            self.stats.count_miss("absent")
+            return False
         into[:] = payload
-        self.stats.hits += 1
-        self.stats.read_bytes += len(payload)
-        self.stats.read_s += time.perf_counter() - start
+        self.stats.count_hit(len(payload), time.perf_counter() - start)
         return True
 
     def put(self, block: StoredBlock) -> PutOutcome:

@@ -3,7 +3,7 @@
 A tier maps a block key (32 bytes) to immutable bytes of one fixed size. It knows nothing of tensors, ranks or
 requests, and no tier calls another (see `tiered_store`).
 
-    contains()  from memory, no I/O: whether a get() is worth trying
+    present()   from memory, no I/O: whether a get() of each key is worth trying
     get()       the exact bytes that were put, verified in the caller's buffer - or a miss; never an exception
     put()       takes a copy; what it returns says whether the block will be kept
     flush()     once it returns, every block put() answered STORED for is as durable as the tier ever makes it
@@ -21,11 +21,14 @@ All methods may be called from any thread of one process. Every implementation m
 
 from __future__ import annotations
 
+import threading
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
+
+import numpy as np
 
 from hpckv.store.block import BlockGeometry
 from hpckv.store.segment import StoredBlock
@@ -44,16 +47,27 @@ class PutOutcome(Enum):
 
 @dataclass
 class TierStats:
-    """Append-only counters; seconds are the caller's waiting time."""
+    """Counters that only grow; seconds are the callers' waiting time."""
 
     hits: int = 0
     misses: Counter[str] = field(default_factory=Counter)
-    """By cause: absent, gone, io, damaged."""
+    """By cause: absent, gone, io, damaged, partial (its tiles do not cover this rank's box)."""
     stored: int = 0
     dropped: int = 0
     read_bytes: int = 0
     written_bytes: int = 0
     read_s: float = 0.0
+    _lock: threading.Lock = field(default_factory=threading.Lock, repr=False, compare=False)
+
+    def count_hit(self, num_bytes: int, seconds: float) -> None:
+        with self._lock:
+            self.hits += 1
+            self.read_bytes += num_bytes
+            self.read_s += seconds
+
+    def count_miss(self, cause: str) -> None:
+        with self._lock:
+            self.misses[cause] += 1
 
 
 class Tier(ABC):
@@ -63,12 +77,14 @@ class Tier(ABC):
     """`host`, `local` or `shared`: where a hit is counted."""
     survives_process: bool
     """Whether another process finds what this one put and flushed."""
+    keeps_copies_only: bool = False
+    """Whether it is offered only what was read from a farther tier."""
     geometry: BlockGeometry
     stats: TierStats
 
     @abstractmethod
-    def contains(self, key: bytes) -> bool:
-        """Whether the tier believes it has the block. No I/O; may be wrong either way, get() decides."""
+    def present(self, keys: Sequence[bytes]) -> np.ndarray:
+        """Whether the tier believes it has each block, (n,) bool. No I/O; may be wrong either way, get() decides."""
 
     @abstractmethod
     def get(self, key: bytes, into: memoryview) -> bool:

@@ -44,7 +44,7 @@ class TierSuite(ABC):
 
     def test_an_absent_block_is_a_miss(self, tmp_path: Path) -> None:
         tier = self.make_tier(tmp_path)
-        assert not tier.contains(make_block(1).key)
+        assert tier.present([make_block(1).key]).tolist() == [False]
         assert self.read(tier, make_block(1)) is None
         assert tier.stats.misses["absent"] == 1
         tier.close()
@@ -55,7 +55,7 @@ class TierSuite(ABC):
         assert {tier.put(b) for b in blocks} == {PutOutcome.STORED}
         assert [self.read(tier, b) for b in blocks] == [b.payload for b in blocks]
         tier.flush()
-        assert all(tier.contains(b.key) for b in blocks)
+        assert tier.present([b.key for b in [*blocks, make_block(99)]]).tolist() == [True] * 20 + [False]
         assert [self.read(tier, b) for b in blocks] == [b.payload for b in blocks]
         assert tier.stats.hits == 40
         assert tier.stats.read_bytes == 40 * self.geometry.block_bytes

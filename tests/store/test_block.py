@@ -52,8 +52,9 @@ def test_a_key_depends_on_secret_identity_parent_tokens_and_extra():
 def test_tiles_cover_a_block_exactly_once_in_order():
     geometry = BlockGeometry(num_kv_heads=3, num_layers=5, block_tokens=4, head_dim=6, item_bytes=2, layers_per_tile=2)
     assert geometry.layer_bytes == 96
-    assert [(t.start, t.stop) for t in geometry.tiles[:4]] == [(0, 192), (192, 384), (384, 480), (480, 672)]
-    assert geometry.tiles[-1].stop == geometry.block_bytes == 3 * 5 * 96
+    spans = [tile.span for tile in geometry.tiles]
+    assert [(s.start, s.stop) for s in spans[:4]] == [(0, 192), (192, 384), (384, 480), (480, 672)]
+    assert spans[-1].stop == geometry.block_bytes == 3 * 5 * 96
 
 
 def test_a_tile_digest_is_bound_to_key_and_place():

@@ -9,9 +9,12 @@ import h5py
 import numpy as np
 import pytest
 
+from hpckv.store.catalog import Catalog
 from hpckv.store.file_tier import FileTier
+from hpckv.store.foreign_file import UnusableFileError
 from hpckv.store.host_tier import HostTier
-from hpckv.store.segment import Segment, SegmentContext, SegmentError, build_segment
+from hpckv.store.layout import StoreLayout
+from hpckv.store.segment import Segment, SegmentContext, build_segment
 from hpckv.store.tier import PutOutcome
 from hpckv.testing.tier_suite import GEOMETRY, TierSuite, make_block
 
@@ -21,9 +24,11 @@ CONTEXT = SegmentContext(
 
 
 def make_file_tier(folder: Path, **options) -> FileTier:
-    own = folder / "u" / str(os.getuid()) / "seg" / CONTEXT.namespace.hex()
+    layout = StoreLayout(folder)
+    catalog = Catalog(layout, CONTEXT)
+    own = catalog.own_folder(os.getuid())
     own.mkdir(parents=True, exist_ok=True)
-    return FileTier(folder / "u", own, CONTEXT, **{"refresh_s": 0.0, **options})
+    return FileTier(catalog, CONTEXT, own, **{"refresh_s": 1e6, **options})
 
 
 class TestHostTier(TierSuite):
@@ -108,7 +113,7 @@ def test_every_bit_of_the_trailer_and_tables_matters(tmp_path):
             damaged[place] ^= 1 << bit
             copy.write_bytes(damaged)
             copy.chmod(0o440)
-            with pytest.raises(SegmentError):
+            with pytest.raises(UnusableFileError):
                 Segment(copy, CONTEXT)
             copy.unlink()
 
@@ -130,7 +135,7 @@ def test_random_payload_flips_are_never_served(tmp_path):
         segment = Segment(copy, CONTEXT)
         for row in range(6):
             if row == place // GEOMETRY.block_bytes:
-                with pytest.raises(SegmentError):
+                with pytest.raises(UnusableFileError):
                     segment.read(row, buffer)
             else:
                 segment.read(row, buffer)
@@ -140,12 +145,12 @@ def test_random_payload_flips_are_never_served(tmp_path):
 
 
 def test_every_truncation_is_refused(tmp_path):
-    good = bytes(build_segment(CONTEXT, [make_block(1)]))
+    good = b"".join(build_segment(CONTEXT, [make_block(1)]))
     copy = tmp_path / "copy.h5"
     for length in range(0, len(good), 97):
         copy.write_bytes(good[:length])
         copy.chmod(0o440)
-        with pytest.raises(SegmentError):
+        with pytest.raises(UnusableFileError):
             Segment(copy, CONTEXT)
         copy.unlink()
 
@@ -159,7 +164,7 @@ def test_a_damaged_or_vanished_segment_is_a_miss_counted_by_cause(tmp_path):
     path.unlink()
     assert not tier.get(make_block(0).key, buffer)
     assert tier.stats.misses == {"gone": 1}
-    assert not tier.contains(make_block(1).key)
+    assert not tier.present([make_block(1).key])[0]
     tier.close()
 
 
@@ -181,7 +186,7 @@ def test_unsafe_and_foreign_files_are_passed_over(tmp_path, spoil):
     elif spoil in ("other key", "other namespace"):
         changed = {"epoch_key": b"x" * 32} if spoil == "other key" else {"namespace": b"\x08" * 32}
         context = SegmentContext(**{**CONTEXT.__dict__, **changed})
-        path.write_bytes(build_segment(context, [make_block(n) for n in range(6)]))
+        path.write_bytes(b"".join(build_segment(context, [make_block(n) for n in range(6)])))
         path.chmod(0o440)
     else:
         path.write_bytes(b"" if spoil == "empty" else b"hello" * 500)
@@ -193,9 +198,12 @@ def test_two_instances_see_each_others_segments_after_a_refresh(tmp_path):
     first, second = make_file_tier(tmp_path), make_file_tier(tmp_path)
     first.put(make_block(1))
     first.flush()
-    assert second.contains(make_block(1).key)
+    assert not second.present([make_block(1).key])[0]
+    second.catalog.refresh()
+    assert second.present([make_block(1).key])[0]
     first.evict(1)
-    assert not second.contains(make_block(1).key)
+    second.catalog.refresh()
+    assert not second.present([make_block(1).key])[0]
     first.close()
     second.close()
 
@@ -207,7 +215,7 @@ def test_a_full_disk_turns_writing_off_and_hurts_nobody(tmp_path, monkeypatch):
     def full(*_, **__):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("hpckv.store.file_tier.publish", full)
+    monkeypatch.setattr("hpckv.store.segment_writer.publish", full)
     tier.flush()
     buffer = memoryview(bytearray(GEOMETRY.block_bytes))
     assert not tier.get(make_block(1).key, buffer)
@@ -223,7 +231,7 @@ def test_the_host_tier_keeps_to_its_budget_least_recently_used_first():
         tier.put(make_block(number))
     assert tier.get(make_block(0).key, buffer)
     tier.put(make_block(3))
-    assert [tier.contains(make_block(n).key) for n in range(4)] == [True, False, True, True]
+    assert tier.present([make_block(n).key for n in range(4)]).tolist() == [True, False, True, True]
 
 
 def test_an_old_open_segment_is_sealed_without_another_put(tmp_path):

@@ -1,0 +1,49 @@
+"""Where everything lies in a store (`docs/store-format.md`, 4). Paths only, no I/O."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class StoreLayout:
+    """The folders and files of the store at `root`."""
+
+    root: Path
+
+    @property
+    def marker(self) -> Path:
+        return self.root / "STORE.json"
+
+    @property
+    def keys(self) -> Path:
+        return self.root / "key"
+
+    def key(self, epoch: int) -> Path:
+        return self.keys / f"{epoch}.key"
+
+    @property
+    def plan(self) -> Path:
+        return self.root / "plan"
+
+    @property
+    def users(self) -> Path:
+        return self.root / "u"
+
+    def user(self, uid: int) -> Path:
+        return self.users / str(uid)
+
+    def segments(self, uid: int, namespace: str) -> Path:
+        return self.user(uid) / "seg" / namespace
+
+    def indexes(self, uid: int, namespace: str) -> Path:
+        return self.user(uid) / "idx" / namespace
+
+    def heat(self, uid: int) -> Path:
+        return self.user(uid) / "heat"
+
+    @staticmethod
+    def namespace_name(digest: bytes, epoch: int) -> str:
+        """A namespace's folder: its full digest, and the key epoch that its block keys belong to."""
+        return f"{digest.hex()}.{epoch}"

@@ -1,0 +1,61 @@
+"""Which folder of this node's own disk copies go to, if any."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from hpckv.errors import AccessError
+
+_NETWORK = frozenset(
+    {"lustre", "nfs", "nfs4", "gpfs", "beegfs", "ceph", "cifs", "smb3", "9p", "afs", "pvfs2", "panfs", "wekafs", "dvs"}
+    | {"fuse.glusterfs", "fuse.sshfs"}
+)
+_MEMORY = frozenset({"tmpfs", "ramfs"})
+
+
+def find_local_folder(setting: str, store: Path) -> Path | None:
+    """The folder for `store.local`: a path, `none`, or `auto`.
+
+    `auto` wants copies only where the store lies on a network filesystem, and then looks at $HPCKV_LOCAL, $SLURM_TMPDIR,
+    $TMPDIR, /local/$USER/$SLURM_JOB_ID, /tmp for one that is neither on the network nor in memory. Raises `AccessError` if
+    a folder that was asked for cannot be written.
+    """
+    asked = os.environ.get("HPCKV_LOCAL") if setting == "auto" else None if setting == "none" else setting
+    if asked:
+        folder = Path(asked)
+        if not folder.is_dir() or not os.access(folder, os.W_OK | os.X_OK):
+            raise AccessError(f"store.local: {folder} is no folder that can be written to")
+        return folder
+    if setting == "none" or filesystem_type(store) not in _NETWORK:
+        return None
+    user, job = os.environ.get("USER", ""), os.environ.get("SLURM_JOB_ID", "")
+    candidates = [
+        os.environ.get("SLURM_TMPDIR"),
+        os.environ.get("TMPDIR"),
+        f"/local/{user}/{job}" if job else None,
+        "/tmp",
+    ]
+    for folder in map(Path, filter(None, candidates)):
+        is_usable = folder.is_dir() and os.access(folder, os.W_OK | os.X_OK)
+        if is_usable and filesystem_type(folder) not in _NETWORK | _MEMORY:
+            return folder
+    return None
+
+
+def filesystem_type(path: Path) -> str:
+    """As /proc/self/mountinfo names it; empty if unknown."""
+    resolved = str(path.resolve())
+    best, found = -1, ""
+    try:
+        mounts = Path("/proc/self/mountinfo").read_text().splitlines()
+    except OSError:
+        return ""
+    for line in mounts:
+        before, _, after = line.partition(" - ")
+        fields = before.split()
+        point = fields[4].encode().decode("unicode_escape")
+        is_above = resolved == point or resolved.startswith(point.rstrip("/") + "/")
+        if is_above and len(point) >= best:  # of two mounts on one point the later is seen
+            best, found = len(point), after.split()[0]
+    return found

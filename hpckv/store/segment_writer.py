@@ -1,0 +1,141 @@
+"""Write-behind: blocks are collected in memory, sealed into segments by a thread, and published by `durable.publish`.
+
+`put()` never waits for a device: while two segments wait to be written, it drops.
+"""
+
+from __future__ import annotations
+
+import logging
+import queue
+import secrets
+import threading
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from hpckv.store.durable import publish
+from hpckv.store.segment import SegmentContext, StoredBlock, build_segment
+
+_log = logging.getLogger(__name__)
+
+_SEALING_AT_ONCE = 2
+
+OnSealed = Callable[[Path, np.ndarray, int], None]
+"""Called with a published segment's path, its (n, 32) keys and its size in bytes."""
+
+
+class SegmentWriter:
+    """The open segment of one process, and the thread that seals it when it is full or old."""
+
+    def __init__(
+        self,
+        folder: Path,
+        context: SegmentContext,
+        on_sealed: OnSealed,
+        *,
+        segment_bytes: int,
+        seal_s: float,
+        keep_s: int = 0,
+        gid: int | None = None,
+        is_durable: bool = True,
+    ) -> None:
+        self.num_lost = 0
+        """Blocks that were taken and could not be written."""
+        self._folder, self._context, self._on_sealed = folder, context, on_sealed
+        self._segment_bytes, self._seal_s, self._keep_s = segment_bytes, seal_s, keep_s
+        self._gid, self._is_durable = gid, is_durable
+        self._is_writing = True
+        self._lock = threading.Lock()
+        self._open: dict[bytes, StoredBlock] = {}
+        self._opened_at = 0.0
+        self._sealing: list[dict[bytes, StoredBlock]] = []
+        self._work: queue.Queue[dict[bytes, StoredBlock] | None] = queue.Queue()
+        self._thread: threading.Thread | None = None
+
+    @property
+    def num_pending(self) -> int:
+        """Blocks that are in no published segment yet."""
+        return sum(map(len, (self._open, *self._sealing)))
+
+    def put(self, block: StoredBlock) -> bool:
+        """Take the block, whose payload must not change any more; False if it was dropped."""
+        with self._lock:
+            if not self._is_writing or len(self._sealing) >= _SEALING_AT_ONCE:
+                return False
+            if not self._open:
+                self._opened_at = time.monotonic()
+                self._start()
+            self._open[block.key] = block
+            if len(self._open) * self._context.geometry.block_bytes >= self._segment_bytes:
+                self._seal_open()
+        return True
+
+    def find(self, key: bytes) -> StoredBlock | None:
+        """A block that is still in memory."""
+        with self._lock:
+            for blocks in (self._open, *self._sealing):
+                if key in blocks:
+                    return blocks[key]
+        return None
+
+    def flush(self) -> None:
+        """Seal and publish everything; on return it is in the folder or counted in `num_lost`."""
+        with self._lock:
+            if self._open:
+                self._seal_open()
+        self._work.join()
+
+    def close(self) -> None:
+        """flush(), then end the thread; idempotent."""
+        self.flush()
+        if self._thread is not None:
+            self._work.put(None)
+            self._thread.join()
+            self._thread = None
+
+    def _start(self) -> None:
+        if self._thread is None:
+            self._thread = threading.Thread(target=self._loop, name="hpckv-seal", daemon=True)
+            self._thread.start()
+
+    def _seal_open(self) -> None:
+        self._sealing.append(self._open)
+        self._work.put(self._open)
+        self._open = {}
+
+    def _loop(self) -> None:
+        while True:
+            try:
+                blocks = self._work.get(timeout=min(1.0, max(0.02, self._seal_s)))
+            except queue.Empty:
+                with self._lock:
+                    if self._open and time.monotonic() - self._opened_at > self._seal_s:
+                        self._seal_open()
+                continue
+            if blocks is None:
+                self._work.task_done()
+                return
+            try:
+                self._seal(list(blocks.values()))
+            except Exception as error:  # noqa: BLE001 - any failure here only costs a later recomputation
+                self._give_up(len(blocks), error)
+            finally:
+                with self._lock:
+                    self._sealing.remove(blocks)
+                self._work.task_done()
+
+    def _seal(self, blocks: Sequence[StoredBlock]) -> None:
+        path = self._folder / f"{secrets.token_hex(16)}.h5"
+        parts = build_segment(self._context, blocks, keep_s=self._keep_s)
+        publish(path, parts, gid=self._gid, is_durable=self._is_durable)
+        keys = np.frombuffer(b"".join(b.key for b in blocks), np.uint8).reshape(len(blocks), -1)
+        self._on_sealed(path, keys, sum(map(len, parts)))
+
+    def _give_up(self, num_lost: int, error: Exception) -> None:
+        with self._lock:
+            self._is_writing = False
+            self.num_lost += num_lost
+        reason = error.strerror if isinstance(error, OSError) else error
+        _log.warning("store %s: %s; nothing more is written to it in this run", self._folder, reason)

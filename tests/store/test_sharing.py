@@ -1,0 +1,207 @@
+"""A store shared by real users of a group: everybody reads, nobody can touch another's, strangers see nothing."""
+
+import json
+import os
+import stat
+from pathlib import Path
+
+import pytest
+
+from hpckv.errors import AccessError, StoreError
+from hpckv.quantity import ByteSize
+from hpckv.store import Identity, Namespace, StoreConfig, open_store
+from hpckv.store.policy import StorePolicy
+from hpckv.store.root import StoreRoot
+from hpckv.testing.tier_suite import GEOMETRY, make_block
+from tests.store.users import MEMBER, OTHER, OWNER, PROJECT, STRANGER, as_user
+
+pytestmark = pytest.mark.root
+
+NAMESPACE = Namespace(Identity(weights="w", config={"a": 1}), {"dtype": "bfloat16"})
+
+
+def policy(**changes) -> StorePolicy:
+    return StorePolicy.new(**{"group": PROJECT, **changes})
+
+
+@pytest.fixture
+def store(tmp_path_factory) -> Path:
+    """A store of OWNER's for PROJECT."""
+    folder = tmp_path_factory.mktemp("shared")
+    for part in (folder, *folder.parents):
+        if part.is_relative_to("/tmp") and part != Path("/tmp"):
+            part.chmod(part.stat().st_mode | 0o011)  # the way there is everybody's
+    os.chown(folder, OWNER, PROJECT)
+    as_user(OWNER, lambda: StoreRoot.create(folder / "kv", policy()) and None)
+    return folder / "kv"
+
+
+def put(store: Path, numbers) -> list[str]:
+    tiers = open_store(StoreConfig(shared=str(store), write="all"), NAMESPACE, GEOMETRY)
+    for number in numbers:
+        tiers.save(make_block(number))
+    tiers.close()
+    return [str(p) for p in store.glob(f"u/{os.getuid()}/seg/*/*.h5")]
+
+
+def get(store: Path, numbers) -> list[bool]:
+    tiers = open_store(StoreConfig(shared=str(store), write="off", host_size=ByteSize(0)), NAMESPACE, GEOMETRY)
+    found = []
+    for number in numbers:
+        buffer = bytearray(GEOMETRY.block_bytes)
+        hit = tiers.load(make_block(number), memoryview(buffer)) is not None
+        assert not hit or bytes(buffer) == make_block(number).payload
+        found.append(hit)
+    tiers.close()
+    return found
+
+
+def modes(*paths: Path) -> list[str]:
+    return [f"{stat.S_IMODE(p.stat().st_mode):o} {p.stat().st_uid} {p.stat().st_gid}" for p in paths]
+
+
+def test_modes_are_as_the_format_says_under_the_strictest_umask(store):
+    (segment,) = as_user(MEMBER, lambda: put(store, [1]))
+    assert modes(store, store / "key", store / "plan", store / "u") == [
+        f"2750 {OWNER} {PROJECT}",
+        f"2750 {OWNER} {PROJECT}",
+        f"2750 {OWNER} {PROJECT}",
+        f"3770 {OWNER} {PROJECT}",
+    ]
+    assert modes(store / "STORE.json", store / "key" / "0.key") == [f"640 {OWNER} {PROJECT}"] * 2
+    path = Path(segment)
+    assert modes(path) == [f"440 {MEMBER} {PROJECT}"]
+    assert (
+        modes(*[p for p in path.parents if p.is_relative_to(store / "u" / str(MEMBER))])
+        == [f"2750 {MEMBER} {PROJECT}"] * 3
+    )
+
+
+def test_members_hit_each_others_blocks_and_strangers_get_one_line(store):
+    as_user(MEMBER, lambda: put(store, [1, 2]))
+    as_user(OTHER, lambda: put(store, [3]))
+    for uid in (OWNER, MEMBER, OTHER):
+        assert as_user(uid, lambda: get(store, [1, 2, 3, 4])) == [True, True, True, False]
+
+    def refused() -> str:
+        with pytest.raises((AccessError, StoreError)) as caught:
+            get(store, [1])
+        return str(caught.value)
+
+    assert "\n" not in as_user(STRANGER, refused)
+
+
+def test_no_operation_on_anothers_files_succeeds(store):
+    (segment,) = as_user(MEMBER, lambda: put(store, [1]))
+    victim, folder = Path(segment), Path(segment).parent
+    user = store / "u" / str(MEMBER)
+
+    def attempts() -> list[str]:
+        mine = store / "u" / str(os.getuid())
+        tries = {
+            "write": lambda: victim.open("ab"),
+            "truncate": lambda: os.truncate(victim, 0),
+            "chmod": lambda: victim.chmod(0o666),
+            "unlink": victim.unlink,
+            "rename away": lambda: victim.rename(folder / "gone.h5"),
+            "rename over": lambda: _file(mine).rename(victim),
+            "link into": lambda: os.link(victim, folder / "second.h5"),
+            "symlink into": lambda: (folder / "link.h5").symlink_to("/etc/passwd"),
+            "create in": lambda: (folder / "new.h5").touch(),
+            "replace folder": lambda: user.rename(store / "u" / "old"),
+            "remove folder": user.rmdir,
+            "write the marker": lambda: (store / "STORE.json").write_text("{}"),
+            "replace the key": lambda: (store / "key" / "0.key").unlink(),
+            "create in the root": lambda: (store / "x").touch(),
+            "create a plan": lambda: (store / "plan" / "x").touch(),
+        }
+        done = []
+        for name, attempt in tries.items():
+            try:
+                attempt()
+            except OSError:
+                continue
+            done.append(name)
+        return done
+
+    assert as_user(OTHER, attempts) == []
+
+    def looks() -> list[str]:
+        seen = []
+        for path in (store / "STORE.json", store / "key" / "0.key", store / "u", user, folder, victim):
+            try:
+                os.scandir(path) if path.is_dir() else path.read_bytes()
+            except OSError:
+                continue
+            seen.append(str(path))
+        return seen
+
+    assert as_user(STRANGER, looks) == []
+    assert as_user(STRANGER, attempts) == []
+
+
+def _file(folder: Path) -> Path:
+    folder.mkdir(exist_ok=True)
+    (folder / "mine").write_bytes(b"x")
+    return folder / "mine"
+
+
+def test_what_a_member_plants_is_not_believed(store):
+    (good,) = as_user(MEMBER, lambda: put(store, [1]))
+    content = Path(good).read_bytes()
+    namespace = Path(good).parent.name
+
+    def plant() -> None:
+        mine = store / "u" / str(os.getuid()) / "seg" / namespace
+        mine.mkdir(parents=True)
+        (mine / f"{1:032x}.h5").write_bytes(content)  # another's trailer
+        (mine / f"{2:032x}.h5").symlink_to(good)
+        os.mkfifo(mine / f"{3:032x}.h5")
+        (mine / f"{4:032x}.h5").mkdir()
+        (store / "u" / "61099").mkdir()  # somebody else's name
+        Path(good).with_name("x")
+
+    as_user(OTHER, plant)
+    Path(good).unlink()
+    assert as_user(OWNER, lambda: get(store, [1])) == [False]
+
+
+def test_trust_self_reads_only_ones_own(tmp_path_factory, store):
+    marker = store / "STORE.json"
+    content = {**json.loads(marker.read_text()), "trust": "self"}
+    marker.write_text(json.dumps(content))
+    as_user(MEMBER, lambda: put(store, [1]))
+    assert as_user(MEMBER, lambda: get(store, [1])) == [True]
+    assert as_user(OTHER, lambda: get(store, [1])) == [False]
+
+
+@pytest.mark.parametrize("spoil", ["no sticky bit", "marker writable", "another's key"])
+def test_an_unsafe_store_is_refused(store, spoil):
+    if spoil == "no sticky bit":
+        (store / "u").chmod(0o2770)
+    elif spoil == "marker writable":
+        (store / "STORE.json").chmod(0o660)
+    else:
+        os.chown(store / "key" / "0.key", MEMBER, PROJECT)
+
+    def refused() -> str:
+        with pytest.raises(StoreError) as caught:
+            get(store, [1])
+        return str(caught.value)
+
+    assert "\n" not in as_user(MEMBER, refused)
+
+
+def test_a_group_that_the_owner_is_not_in_is_refused(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("shared")
+    for part in (folder, *folder.parents):
+        if part.is_relative_to("/tmp") and part != Path("/tmp"):
+            part.chmod(part.stat().st_mode | 0o011)
+    os.chown(folder, STRANGER, 62002)
+
+    def refused() -> str:
+        with pytest.raises(AccessError) as caught:
+            StoreRoot.create(folder / "kv", policy())
+        return str(caught.value)
+
+    assert "\n" not in as_user(STRANGER, refused)

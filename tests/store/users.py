@@ -1,0 +1,35 @@
+"""Real users for tests: run a function in a child process under another uid, gid and groups."""
+
+import json
+import os
+import traceback
+from collections.abc import Callable
+
+PROJECT, OUTSIDE = 62001, 62002
+OWNER, MEMBER, OTHER, STRANGER = 61001, 61002, 61003, 61004
+GROUPS = {OWNER: [PROJECT], MEMBER: [PROJECT], OTHER: [PROJECT], STRANGER: [OUTSIDE]}
+
+
+def as_user(uid: int, work: Callable[[], object]) -> object:
+    """What `work()` returns (as JSON) in a process of user `uid`; raises `AssertionError` with its traceback."""
+    read_end, write_end = os.pipe()
+    child = os.fork()
+    if child == 0:
+        try:
+            os.close(read_end)
+            os.setgroups(GROUPS[uid])
+            os.setgid(GROUPS[uid][0])
+            os.setuid(uid)
+            os.umask(0o077)  # the strictest a user may have
+            answer = {"value": work()}
+        except BaseException:  # noqa: BLE001 - told to the parent
+            answer = {"error": traceback.format_exc()}
+        with os.fdopen(write_end, "w") as pipe:
+            json.dump(answer, pipe)
+        os._exit(0)
+    os.close(write_end)
+    with os.fdopen(read_end) as pipe:
+        answer = json.load(pipe)
+    os.waitpid(child, 0)
+    assert "error" not in answer, answer["error"]
+    return answer["value"]
