@@ -69,6 +69,11 @@ class TierStats:
         with self._lock:
             self.misses[cause] += 1
 
+    @property
+    def record(self) -> dict[str, object]:
+        """The counters as plain data."""
+        return {name: value for name, value in vars(self).items() if not name.startswith("_")}
+
 
 class Tier(ABC):
     """One level of the KV-block hierarchy."""

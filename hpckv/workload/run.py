@@ -283,5 +283,5 @@ class _Summary:
             record["step_seconds"] = {k: round(v, 4) for k, v in engine.times.__dict__.items()}
             record["pages"] = {"total": engine.pages.num_usable, "evicted": engine.cache.pool.num_evicted}
         if engine.store:
-            record["store"] = {tier.name: {**tier.stats.__dict__} for tier in engine.store.tiers}
+            record["store"] = {tier.name: tier.stats.record for tier in engine.store.tiers}
         return record
