@@ -30,7 +30,7 @@ bench: $(STAMP)
 	$(BIN)/python bench/bench.py
 
 soak: $(STAMP)
-	$(BIN)/python -m pytest -m slow -o timeout=7200 --runslow
+	$(BIN)/python -m pytest -m slow -o timeout=7200 -o faulthandler_timeout=7200 --runslow
 
 docs: $(STAMP)
 	$(BIN)/python docs/make_configuration.py

@@ -1,4 +1,4 @@
-"""Sizes and durations as people write them: `64GiB` to bytes and back. Nothing else."""
+"""Sizes, counts and durations as people write them: `64GiB` to bytes and back. Nothing else."""
 
 from __future__ import annotations
 
@@ -41,6 +41,16 @@ def format_bytes(num_bytes: float) -> str:
             break
         value /= 1024
     return f"{value:.0f}{unit}" if value == int(value) else f"{value:.1f}{unit}"
+
+
+def format_count(count: float) -> str:
+    """`41172` -> `41.2k`; below a thousand as it is."""
+    value = float(count)
+    for unit in ("", "k", "M", "G"):
+        if abs(value) < 999.5 or unit == "G":
+            break
+        value /= 1000
+    return f"{value:.0f}{unit}" if not unit or abs(value) >= 100 else f"{value:.1f}{unit}"
 
 
 def format_duration(seconds: float) -> str:

@@ -8,9 +8,9 @@ import time
 from types import TracebackType
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from hpckv.quantity import format_duration
+from hpckv.quantity import format_count, format_duration
 
 _log = logging.getLogger(__name__)
 
@@ -29,10 +29,9 @@ class RunProgress:
         if sys.stderr.isatty() and not is_quiet:
             self._bar = Progress(
                 TextColumn("answers"),
-                BarColumn(),
+                BarColumn(bar_width=12),  # all of it fits 80 columns
                 MofNCompleteColumn(),
                 TextColumn("{task.fields[rates]}"),
-                TimeElapsedColumn(),
                 TextColumn("left"),
                 TimeRemainingColumn(),
                 console=Console(stderr=True),
@@ -61,7 +60,8 @@ class RunProgress:
     def _rates(self) -> str:
         elapsed = max(1e-6, time.monotonic() - self._start)
         hit = 100 * self._cached_tokens / max(1, self._prompt_tokens)
-        return f"{self._prompt_tokens / elapsed:,.0f} in + {self._output_tokens / elapsed:,.0f} out tokens/s, {hit:.1f} % hits"
+        read, written = (format_count(tokens / elapsed) for tokens in (self._prompt_tokens, self._output_tokens))
+        return f"{read} in + {written} out tok/s, {hit:.0f} % hit"
 
     def __enter__(self) -> RunProgress:
         if self._bar:
