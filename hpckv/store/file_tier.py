@@ -7,6 +7,8 @@ in the caller's buffer. Nothing of another user's is ever written or deleted.
 from __future__ import annotations
 
 import logging
+import os
+import secrets
 import threading
 import time
 from collections import Counter, OrderedDict
@@ -17,14 +19,19 @@ import numpy as np
 
 from hpckv.log import warn_once
 from hpckv.store.catalog import Catalog
+from hpckv.store.collect import Collector
+from hpckv.store.durable import publish
 from hpckv.store.foreign_file import UnusableFileError
+from hpckv.store.root import StoreRoot
 from hpckv.store.segment import Segment, SegmentContext, StoredBlock
 from hpckv.store.segment_writer import SegmentWriter
+from hpckv.store.survey import heat_record
 from hpckv.store.tier import PutOutcome, Tier, TierStats
 
 _log = logging.getLogger(__name__)
 
 _OPEN_FILES = 256
+_HEAT_EVERY_S = 600.0
 
 
 class FileTier(Tier):
@@ -47,10 +54,12 @@ class FileTier(Tier):
         budget_bytes: int | None = None,
         is_durable: bool = True,
         keeps_copies_only: bool = False,
+        root: StoreRoot | None = None,
     ) -> None:
         """Reads the catalogue once; raises nothing, what cannot be read is passed over.
 
-        Own segments beyond `budget_bytes` are evicted as new ones are sealed.
+        Own segments beyond `budget_bytes` are evicted as new ones are sealed. With the store's `root`, its quota is kept,
+        uses are logged, and at the end own segments are collected and indexed.
         """
         self.name, self.keeps_copies_only, self._budget = name, keeps_copies_only, budget_bytes
         self.geometry = context.geometry
@@ -60,6 +69,11 @@ class FileTier(Tier):
         self._files: OrderedDict[Path, Segment] = OrderedDict()
         self._pins: Counter[Path] = Counter()
         self._lock = threading.Lock()
+        self._collector = root and Collector(root, is_pinned=self._is_pinned, on_deleted=self._forget)
+        self._reads: Counter[Path] = Counter()
+        self._heat_folder = root and own and root.layout.heat(os.getuid())
+        self._next_heat = time.monotonic() + _HEAT_EVERY_S
+        self._root = root
         self._writer = own and SegmentWriter(
             own,
             context,
@@ -69,6 +83,7 @@ class FileTier(Tier):
             keep_s=keep_s,
             gid=gid,
             is_durable=is_durable,
+            **({"make_room": self._collector.make_room} if self._collector else {}),
         )
         catalog.refresh()
         self._refresh_s = refresh_s
@@ -112,6 +127,8 @@ class FileTier(Tier):
                         causes.append("absent")  # another key of the same prefix
                     else:
                         missing -= segment.read(row, into, self.geometry)
+                        with self._lock:
+                            self._reads[path] += 1
                         causes.append("partial")
                     break
                 except (UnusableFileError, OSError, IndexError) as error:
@@ -176,8 +193,7 @@ class FileTier(Tier):
             with self._lock:
                 if self._pins[path]:
                     continue
-            self.catalog.forget(path)
-            self._forget_file(path)
+            self._forget(path)
             size = _size(path)
             try:
                 path.unlink()
@@ -187,17 +203,47 @@ class FileTier(Tier):
         return freed
 
     def close(self) -> None:
+        if self._is_closing.is_set():
+            return
+        self._is_closing.set()
         if self._writer:
             self._writer.close()
-        self._is_closing.set()
+        try:
+            self._log_heat()
+            if self._collector and self._writer:
+                self._collector.collect()
+                self.catalog.consolidate(os.getuid())
+        except OSError as error:
+            warn_once(_log, f"store {self._own}: {error.strerror}; not tidied up")
         with self._lock:
             self._files.clear()
+
+    def _is_pinned(self, path: Path) -> bool:
+        with self._lock:
+            return bool(self._pins[path])
+
+    def _forget(self, path: Path) -> None:
+        self.catalog.forget(path)
+        self._forget_file(path)
+
+    def _log_heat(self) -> None:
+        """Tell collectors what was read since the last time."""
+        with self._lock:
+            reads, self._reads = self._reads, Counter()
+        if reads and self._heat_folder and self._root:
+            self._root.make_own_folder(self._heat_folder)
+            users = self._root.layout.users
+            record = heat_record({str(path.relative_to(users)): n for path, n in reads.items()}, time.time())
+            publish(self._heat_folder / f"{secrets.token_hex(16)}.json", [record], gid=self._root.policy.group)
 
     def _refresh_loop(self) -> None:
         # Never joined: it may hang in a dead filesystem's system call.
         while not self._is_closing.wait(self._refresh_s):
             try:
                 self.catalog.refresh()
+                if time.monotonic() > self._next_heat:
+                    self._next_heat = time.monotonic() + _HEAT_EVERY_S
+                    self._log_heat()
             except Exception as error:  # noqa: BLE001 - a store in trouble is a store without news
                 warn_once(_log, f"store {self.catalog.layout.root}: {error}; its news are not seen")
 

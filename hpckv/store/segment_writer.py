@@ -40,12 +40,14 @@ class SegmentWriter:
         keep_s: int = 0,
         gid: int | None = None,
         is_durable: bool = True,
+        make_room: Callable[[int], bool] = lambda num_bytes: True,
     ) -> None:
+        """`make_room` is asked before each file is written, with its size; without room the blocks are dropped."""
         self.num_lost = 0
         """Blocks that were taken and could not be written."""
         self._folder, self._context, self._on_sealed = folder, context, on_sealed
         self._segment_bytes, self._seal_s, self._keep_s = segment_bytes, seal_s, keep_s
-        self._gid, self._is_durable = gid, is_durable
+        self._gid, self._is_durable, self._make_room = gid, is_durable, make_room
         self._is_writing = True
         self._lock = threading.Lock()
         self._open: dict[bytes, StoredBlock] = {}
@@ -129,6 +131,9 @@ class SegmentWriter:
     def _seal(self, blocks: Sequence[StoredBlock]) -> None:
         path = self._folder / f"{secrets.token_hex(16)}.h5"
         parts = build_segment(self._context, blocks, keep_s=self._keep_s)
+        if not self._make_room(sum(map(len, parts))):
+            self.num_lost += len(blocks)
+            return
         publish(path, parts, gid=self._gid, is_durable=self._is_durable)
         keys = np.frombuffer(b"".join(b.key for b in blocks), np.uint8).reshape(len(blocks), -1)
         self._on_sealed(path, keys, sum(map(len, parts)))

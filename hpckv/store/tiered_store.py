@@ -113,6 +113,7 @@ def open_store(config: StoreConfig, namespace: Namespace, geometry: BlockGeometr
             segment_bytes=config.segment_size,
             seal_s=config.seal_s,
             gid=root.policy.group,
+            root=root,
         )
     )
     return TieredStore(tiers, epoch_key=context.epoch_key, reads=config.read, writes=config.write != "off")

@@ -13,7 +13,7 @@ from hpckv.store import Identity, Namespace, StoreConfig, open_store
 from hpckv.store.policy import StorePolicy
 from hpckv.store.root import StoreRoot
 from hpckv.testing.tier_suite import GEOMETRY, make_block
-from tests.store.users import MEMBER, OTHER, OWNER, PROJECT, STRANGER, as_user
+from tests.store.users import MEMBER, OTHER, OWNER, PROJECT, STRANGER, as_user, reachable
 
 pytestmark = pytest.mark.root
 
@@ -27,10 +27,7 @@ def policy(**changes) -> StorePolicy:
 @pytest.fixture
 def store(tmp_path_factory) -> Path:
     """A store of OWNER's for PROJECT."""
-    folder = tmp_path_factory.mktemp("shared")
-    for part in (folder, *folder.parents):
-        if part.is_relative_to("/tmp") and part != Path("/tmp"):
-            part.chmod(part.stat().st_mode | 0o011)  # the way there is everybody's
+    folder = reachable(tmp_path_factory.mktemp("shared"))
     os.chown(folder, OWNER, PROJECT)
     as_user(OWNER, lambda: StoreRoot.create(folder / "kv", policy()) and None)
     return folder / "kv"
@@ -193,10 +190,7 @@ def test_an_unsafe_store_is_refused(store, spoil):
 
 
 def test_a_group_that_the_owner_is_not_in_is_refused(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("shared")
-    for part in (folder, *folder.parents):
-        if part.is_relative_to("/tmp") and part != Path("/tmp"):
-            part.chmod(part.stat().st_mode | 0o011)
+    folder = reachable(tmp_path_factory.mktemp("shared"))
     os.chown(folder, STRANGER, 62002)
 
     def refused() -> str:

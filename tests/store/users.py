@@ -4,6 +4,7 @@ import json
 import os
 import traceback
 from collections.abc import Callable
+from pathlib import Path
 
 PROJECT, OUTSIDE = 62001, 62002
 OWNER, MEMBER, OTHER, STRANGER = 61001, 61002, 61003, 61004
@@ -12,6 +13,11 @@ GROUPS = {OWNER: [PROJECT], MEMBER: [PROJECT], OTHER: [PROJECT], STRANGER: [OUTS
 
 def as_user(uid: int, work: Callable[[], object]) -> object:
     """What `work()` returns (as JSON) in a process of user `uid`; raises `AssertionError` with its traceback."""
+    return start_as(uid, work)()
+
+
+def start_as(uid: int, work: Callable[[], object]) -> Callable[[], object]:
+    """The same, at once: returns a function that waits for the answer."""
     read_end, write_end = os.pipe()
     child = os.fork()
     if child == 0:
@@ -28,8 +34,20 @@ def as_user(uid: int, work: Callable[[], object]) -> object:
             json.dump(answer, pipe)
         os._exit(0)
     os.close(write_end)
-    with os.fdopen(read_end) as pipe:
-        answer = json.load(pipe)
-    os.waitpid(child, 0)
-    assert "error" not in answer, answer["error"]
-    return answer["value"]
+
+    def wait() -> object:
+        with os.fdopen(read_end) as pipe:
+            answer = json.load(pipe)
+        os.waitpid(child, 0)
+        assert "error" not in answer, answer["error"]
+        return answer["value"]
+
+    return wait
+
+
+def reachable(folder: Path) -> Path:
+    """Let every user pass through a temporary folder's parents."""
+    for part in (folder, *folder.parents):
+        if part.is_relative_to("/tmp") and part != Path("/tmp"):
+            part.chmod(part.stat().st_mode | 0o011)
+    return folder

@@ -1,0 +1,182 @@
+"""Keeping a store within its quota: which segments go first, and nothing of another's is touched.
+
+Everybody computes the same order from the same files and deletes what of it is their own, so a project's quota needs no
+daemon and no lock. Two collectors at once delete one file once; a reader that comes too late has a miss.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from hpckv.log import warn_once
+from hpckv.quantity import format_bytes
+from hpckv.store.policy import StorePolicy
+from hpckv.store.root import StoreRoot
+from hpckv.store.survey import StoredFile, Survey, Use
+
+_log = logging.getLogger(__name__)
+
+ORPHAN_S = 8 * 86400.0
+"""A temporary file this old belongs to no writer any more, whatever a site's wall time is."""
+
+
+@dataclass(frozen=True)
+class Limit:
+    """One bound and how much stands against it."""
+
+    name: str
+    files: Sequence[StoredFile]
+    max_bytes: int | None
+    max_files: int | None
+
+
+def in_order_of_worth(
+    files: Sequence[StoredFile], uses: Mapping[Path, Use], keep_s: float, now: float
+) -> list[StoredFile]:
+    """The least worth keeping first: unused for longer than `keep_s`, then few reads for their bytes, then the oldest."""
+
+    def worth(file: StoredFile) -> tuple[bool, float, float]:
+        use = uses.get(file.path, Use())
+        touched = max(use.last, file.written_at)
+        return now - touched <= keep_s, use.heat / max(1, file.num_bytes), touched
+
+    return sorted(files, key=lambda file: (worth(file), file.path))
+
+
+def limits(policy: StorePolicy, survey: Survey, uid: int) -> list[Limit]:
+    """The store's bound, and the user's."""
+    files = list(survey.files.values())
+    own = [file for file in files if file.uid == uid]
+    quota = policy.quota
+    return [
+        Limit("quota", files, quota.bytes, quota.files),
+        Limit("user quota", own, quota.user_bytes, quota.user_files),
+    ]
+
+
+def choose(
+    limit: Limit, ordered: Sequence[StoredFile], *, more_bytes: int = 0, more_files: int = 0
+) -> list[StoredFile]:
+    """What must go for the limit to hold with `more_bytes` in `more_files` added; all there is, if even that is too little."""
+    excess_bytes = (
+        sum(f.num_bytes for f in limit.files)
+        + more_bytes
+        - (limit.max_bytes if limit.max_bytes is not None else 1 << 62)
+    )
+    excess_files = len(limit.files) + more_files - (limit.max_files if limit.max_files is not None else 1 << 62)
+    among, victims = set(limit.files), []
+    for file in ordered:
+        if excess_bytes <= 0 and excess_files <= 0:
+            break
+        if file in among:
+            victims.append(file)
+            excess_bytes -= file.num_bytes
+            excess_files -= 1
+    return victims
+
+
+class Collector:
+    """Makes room in a store for one user's segments, by deleting that user's own."""
+
+    def __init__(
+        self,
+        root: StoreRoot,
+        *,
+        is_pinned: Callable[[Path], bool] = lambda _: False,
+        on_deleted: Callable[[Path], None] = lambda _: None,
+    ) -> None:
+        """`on_deleted` hears of each segment before its file goes."""
+        self._root, self._is_pinned, self._on_deleted = root, is_pinned, on_deleted
+        self._survey = Survey(root.layout)
+        self._uid = os.getuid()
+        self._lock = threading.Lock()
+        self.num_deleted = 0
+        self.deleted_bytes = 0
+
+    def make_room(self, num_bytes: int, num_files: int = 1) -> bool:
+        """Whether a file of `num_bytes` may be written, after deleting what should go first. Raises `OSError`."""
+        with self._lock:
+            self._survey.refresh()
+            if self._is_bounded():
+                self._delete_excess(num_bytes, num_files)
+            room = self._room(num_bytes, num_files)
+        if room:
+            warn_once(_log, f"store {self._root.layout.root}: {room}; new blocks are not kept for now")
+        return not room
+
+    def collect(self) -> list[StoredFile]:
+        """Bring own files within quota and sweep own orphans; returns what was deleted. Raises `OSError`."""
+        with self._lock:
+            self._survey.refresh()
+            return self._delete_excess(0, 0) + self._sweep()
+
+    def _is_bounded(self) -> bool:
+        quota = self._root.policy.quota
+        return bool(quota.free) or any(
+            bound is not None for bound in (quota.bytes, quota.files, quota.user_bytes, quota.user_files)
+        )
+
+    def _delete_excess(self, num_bytes: int, num_files: int) -> list[StoredFile]:
+        now, policy = time.time(), self._root.policy
+        ordered = in_order_of_worth(self._survey.segments(), self._survey.uses(now), policy.keep_days * 86400, now)
+        victims: dict[Path, StoredFile] = {}
+        for limit in limits(policy, self._survey, self._uid):
+            for file in choose(limit, ordered, more_bytes=num_bytes, more_files=num_files):
+                victims[file.path] = file
+        if policy.quota.free and (short := policy.quota.free + num_bytes - self._survey.free_bytes()) > 0:
+            for file in (f for f in ordered if f.uid == self._uid):
+                if short <= 0:
+                    break
+                victims[file.path] = file
+                short -= file.num_bytes
+        return [file for file in victims.values() if file.uid == self._uid and self._delete(file)]
+
+    def _sweep(self) -> list[StoredFile]:
+        """Delete own temporary files that nobody can be writing any more."""
+        now = time.time()
+        orphans = [f for f in self._survey.files.values() if f.kind == "temporary" and f.uid == self._uid]
+        return [f for f in orphans if _is_orphan(f, now) and self._delete(f)]
+
+    def _delete(self, file: StoredFile) -> bool:
+        if self._is_pinned(file.path):
+            return False
+        self._on_deleted(file.path)
+        try:
+            file.path.unlink()
+        except FileNotFoundError:
+            pass  # another collector of this user was faster
+        except OSError as error:
+            warn_once(_log, f"{file.path}: {error.strerror}; not collected")
+            return False
+        self._survey.files.pop(file.path, None)
+        self.num_deleted += 1
+        self.deleted_bytes += file.num_bytes
+        return True
+
+    def _room(self, num_bytes: int, num_files: int) -> str:
+        """Empty, or which bound stands in the way."""
+        for limit in limits(self._root.policy, self._survey, self._uid):
+            held = sum(f.num_bytes for f in limit.files)
+            if limit.max_bytes is not None and held + num_bytes > limit.max_bytes:
+                return f"{limit.name}: {format_bytes(held)} of {format_bytes(limit.max_bytes)} are in use"
+            if limit.max_files is not None and len(limit.files) + num_files > limit.max_files:
+                return f"{limit.name}: {len(limit.files)} of {limit.max_files} files are in use"
+        if (watermark := self._root.policy.quota.free) and self._survey.free_bytes() - num_bytes < watermark:
+            return f"less than {format_bytes(watermark)} are free on the filesystem"
+        return ""
+
+
+def _is_orphan(file: StoredFile, now: float) -> bool:
+    """Whether its writer is gone: a process of this host and boot that lives no more, or simply too old."""
+    if now - file.written_at > ORPHAN_S:
+        return True
+    parts = file.path.name.rsplit("-", 2)  # .tmp-RANDOM-HOST-PID
+    if len(parts) != 3 or not parts[2].isdecimal() or parts[1] != os.uname().nodename:
+        return False
+    return not Path(f"/proc/{parts[2]}").exists()
