@@ -10,6 +10,7 @@ import hpckv
 from hpckv import log
 from hpckv.cli.model import model_app
 from hpckv.cli.run import run
+from hpckv.cli.store import store_app
 from hpckv.workload import drain
 
 app = typer.Typer(
@@ -22,6 +23,7 @@ app = typer.Typer(
 )
 app.command()(run)
 app.add_typer(model_app, name="model")
+app.add_typer(store_app, name="store")
 
 
 def _version(wanted: bool) -> None:

@@ -10,6 +10,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from hpckv.cli.show import print_facts
 from hpckv.model import ModelConfig, read_config
 from hpckv.quantity import format_bytes
 
@@ -41,8 +42,7 @@ def info(
         typer.echo(json.dumps(record, indent=2))
         return
     console = Console(highlight=False)
-    facts = Table(show_header=False, box=None)
-    for name in (
+    names = (
         "architecture",
         "parameters",
         "stored_dtype",
@@ -53,10 +53,8 @@ def info(
         "head_dim",
         "tp",
         "pp",
-    ):
-        value = record[name]
-        facts.add_row(name.replace("_", " "), f"{value:,}" if isinstance(value, int) else str(value))
-    console.print(facts)
+    )
+    print_facts({name.replace("_", " "): record[name] for name in names})
     sizes = Table("KV dtype", "bytes a token", title="KV cache", title_justify="left")
     for dtype, size in record["kv_bytes_per_token"].items():
         sizes.add_row(dtype, f"{size:,} ({format_bytes(size)})")

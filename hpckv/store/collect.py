@@ -139,9 +139,8 @@ class Collector:
 
     def _sweep(self) -> list[StoredFile]:
         """Delete own temporary files that nobody can be writing any more."""
-        now = time.time()
         orphans = [f for f in self._survey.files.values() if f.kind == "temporary" and f.uid == self._uid]
-        return [f for f in orphans if _is_orphan(f, now) and self._delete(f)]
+        return [f for f in orphans if is_orphan(f) and self._delete(f)]
 
     def _delete(self, file: StoredFile) -> bool:
         if self._is_pinned(file.path):
@@ -172,9 +171,9 @@ class Collector:
         return ""
 
 
-def _is_orphan(file: StoredFile, now: float) -> bool:
-    """Whether its writer is gone: a process of this host and boot that lives no more, or simply too old."""
-    if now - file.written_at > ORPHAN_S:
+def is_orphan(file: StoredFile) -> bool:
+    """Whether a temporary file's writer is gone: a process of this host and boot that lives no more, or simply too old."""
+    if time.time() - file.written_at > ORPHAN_S:
         return True
     parts = file.path.name.rsplit("-", 2)  # .tmp-RANDOM-HOST-PID
     if len(parts) != 3 or not parts[2].isdecimal() or parts[1] != os.uname().nodename:

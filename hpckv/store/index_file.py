@@ -18,7 +18,7 @@ from blake3 import blake3
 from hpckv.store.block import Box
 from hpckv.store.block_index import Entries
 from hpckv.store.foreign_file import UnusableFileError, open_trusted, read_into
-from hpckv.store.segment import SegmentContext
+from hpckv.store.segment import Seal
 
 MAGIC = b"HPCKVIDX"
 FORMAT_VERSION = 1
@@ -47,7 +47,7 @@ class IndexFile:
     supersedes: Sequence[bytes] = ()
     """16-byte names of index files of the same owner that this one replaces."""
 
-    def build(self, context: SegmentContext) -> list[bytes | memoryview]:
+    def build(self, seal: Seal) -> list[bytes | memoryview]:
         """The file, as parts to write one after another."""
         table = np.array([(s.name, s.count, s.box, 0) for s in self.segments], dtype=_SEGMENT)
         body: list[bytes | memoryview] = [
@@ -65,15 +65,15 @@ class IndexFile:
             len(self.supersedes),
             len(self.entries),
             os.getuid(),
-            context.epoch,
-            context.namespace,
-            _digest(context.epoch_key, body),
+            seal.epoch,
+            seal.namespace,
+            _digest(seal.epoch_key, body),
         )
         header = fields.ljust(HEADER_BYTES - _MAC_BYTES, b"\0")
-        return [header, blake3(header, key=context.epoch_key).digest(), *body]
+        return [header, blake3(header, key=seal.epoch_key).digest(), *body]
 
     @classmethod
-    def read(cls, path: Path, context: SegmentContext, trusted_uids: frozenset[int] | None = None) -> IndexFile:
+    def read(cls, path: Path, seal: Seal, trusted_uids: frozenset[int] | None = None) -> IndexFile:
         """Read and verify; raises `UnusableFileError` or `OSError`."""
         fd, status = open_trusted(path, trusted_uids)
         try:
@@ -81,10 +81,10 @@ class IndexFile:
             read_into(fd, data, 0)
         finally:
             os.close(fd)
-        return cls._parse(data, context, status.st_uid)
+        return cls._parse(data, seal, status.st_uid)
 
     @classmethod
-    def _parse(cls, data: memoryview, context: SegmentContext, owner: int) -> IndexFile:
+    def _parse(cls, data: memoryview, seal: Seal, owner: int) -> IndexFile:
         header, mac = bytes(data[: HEADER_BYTES - _MAC_BYTES]), bytes(data[HEADER_BYTES - _MAC_BYTES : HEADER_BYTES])
         if not header.startswith(MAGIC) or len(data) < HEADER_BYTES:
             raise UnusableFileError("no index file, or torn")
@@ -93,9 +93,9 @@ class IndexFile:
         )
         if version != FORMAT_VERSION:
             raise UnusableFileError(f"index version {version}, this program reads {FORMAT_VERSION}")
-        if blake3(header, key=context.epoch_key).digest() != mac:
+        if blake3(header, key=seal.epoch_key).digest() != mac:
             raise UnusableFileError("its header does not verify with this store's key")
-        if (size, uid, epoch, namespace) != (len(data), owner, context.epoch, context.namespace):
+        if (size, uid, epoch, namespace) != (len(data), owner, seal.epoch, seal.namespace):
             raise UnusableFileError("its header does not belong to this file, namespace or epoch")
         widths = [_SEGMENT.itemsize * num_segments, 16 * num_superseded, 8 * num_entries, 8 * num_entries]
         if sum(widths) + HEADER_BYTES != size:
@@ -104,7 +104,7 @@ class IndexFile:
         for width in widths:
             parts.append(data[at : at + width])
             at += width
-        if _digest(context.epoch_key, parts) != digest:
+        if _digest(seal.epoch_key, parts) != digest:
             raise UnusableFileError("its tables do not verify")
         names = parts[1]
         file = cls(

@@ -89,9 +89,9 @@ class StoreRoot:
             raise StoreError(f"{layout.users}: its members could replace each other's folders; chmod +t {layout.users}")
         return cls(layout, _parse(layout.marker, content), status.st_uid)
 
-    def epoch_key(self) -> bytes:
-        """The secret of the epoch in use; raises `StoreError` or `AccessError`."""
-        path = self.layout.key(self.policy.epoch)
+    def epoch_key(self, epoch: int | None = None) -> bytes:
+        """The secret of an epoch, by default the one in use; raises `StoreError` or `AccessError`."""
+        path = self.layout.key(self.policy.epoch if epoch is None else epoch)
         try:
             key, status = _read_trusted(path)
         except PermissionError:
@@ -101,6 +101,20 @@ class StoreRoot:
         if len(key) != EPOCH_KEY_BYTES or status.st_uid != self.owner:
             raise StoreError(f"{path}: damaged or not the store owner's")
         return key
+
+    def rotate(self) -> StoreRoot:
+        """Begin a new key epoch: nothing stored so far is found by runs that start from now on. Owner only.
+
+        Raises `AccessError`.
+        """
+        epoch = self.policy.epoch + 1
+        policy = msgspec.structs.replace(self.policy, epoch=epoch)
+        try:
+            _publish_once(self.layout.key(epoch), secrets.token_bytes(EPOCH_KEY_BYTES), self.policy.group)
+            publish(self.layout.marker, [policy.to_json()], mode=0o640, gid=self.policy.group)
+        except OSError as error:
+            raise AccessError(f"store {self.layout.root}: {error.strerror}; only its owner rotates the key") from None
+        return StoreRoot.open(self.layout.root)
 
     def trusted_uids(self) -> frozenset[int] | None:
         """Whose segments are read; None: everybody's who has a folder of their own."""

@@ -39,14 +39,20 @@ class StoredBlock:
 
 
 @dataclass(frozen=True)
-class SegmentContext:
-    """What every segment of a namespace has in common; `geometry` with the box that this process owns."""
+class Seal:
+    """What authenticates the files of one namespace in one key epoch."""
 
     namespace: bytes
-    namespace_json: bytes
-    geometry: BlockGeometry
     epoch: int
     epoch_key: bytes
+
+
+@dataclass(frozen=True)
+class SegmentContext(Seal):
+    """What every segment that this process writes or uses has in common; `geometry` with the box that it owns."""
+
+    namespace_json: bytes
+    geometry: BlockGeometry
 
 
 def build_segment(
@@ -153,31 +159,34 @@ class Trailer:
 class Segment:
     """An open segment file, authenticated. Its tiles are verified one by one as they are read."""
 
-    def __init__(self, path: Path, context: SegmentContext, trusted_uids: frozenset[int] | None = None) -> None:
-        """Open and check; raises `UnusableFileError` or `OSError`. `trusted_uids` None trusts every owner."""
+    def __init__(self, path: Path, seal: Seal, trusted_uids: frozenset[int] | None = None) -> None:
+        """Open and check; raises `UnusableFileError` or `OSError`. `trusted_uids` None trusts every owner.
+
+        With a whole `SegmentContext` the blocks must have its shape, whatever their box.
+        """
         self.path = path
-        self._epoch_key = context.epoch_key
+        self._epoch_key = seal.epoch_key
         self._fd, status = open_trusted(path, trusted_uids)
         self.owner, self.file_bytes, self.written_at = status.st_uid, status.st_size, status.st_mtime
         try:
-            self._read_tables(context)
+            self._read_tables(seal)
         except BaseException:
             self.close()
             raise
 
-    def _read_tables(self, context: SegmentContext) -> None:
+    def _read_tables(self, seal: Seal) -> None:
         if self.file_bytes < TRAILER_BYTES:
             raise UnusableFileError("too short")
         trailer = Trailer.parse(self._pread(TRAILER_BYTES, self.file_bytes - TRAILER_BYTES), self._epoch_key)
         if (trailer.file_bytes, trailer.namespace, trailer.epoch, trailer.uid) != (
             self.file_bytes,
-            context.namespace,
-            context.epoch,
+            seal.namespace,
+            seal.epoch,
             self.owner,
         ):
             raise UnusableFileError("its trailer does not belong to this file, namespace or epoch")
         self.geometry = geometry = trailer.geometry
-        if geometry.with_box(*context.geometry.box) != context.geometry:
+        if isinstance(seal, SegmentContext) and geometry.with_box(*seal.geometry.box) != seal.geometry:
             raise UnusableFileError(f"its blocks have another shape ({geometry})")
         # Before anything is counted out: nobody's numbers may ask for more than the file holds.
         if min(trailer.count, geometry.num_kv_heads, geometry.num_layers) < 1:

@@ -109,7 +109,7 @@ def users(layout: StoreLayout) -> Iterator[tuple[int, Path]]:
                 yield status.st_uid, Path(entry.path)
 
 
-def heat_record(reads: Mapping[str, int], now: float) -> bytes:
+def heat_record(reads: Mapping[str, float], now: float) -> bytes:
     """A heat file: blocks read of each segment, named as `UID/seg/NAMESPACE/NAME.h5`."""
     return json.dumps({"v": 1, "time": now, "reads": reads}).encode()
 

@@ -38,6 +38,13 @@ class BatchLine:
     text: str | None = None
     token_ids: list[int] | None = None
 
+    @property
+    def prompt(self) -> list[dict[str, Any]] | str | list[int]:
+        """Whichever was given."""
+        given = self.messages or self.text or self.token_ids
+        assert given is not None
+        return given
+
 
 @dataclass(frozen=True)
 class BadLine:

@@ -151,9 +151,7 @@ def _prepare(lines: Sequence[BatchLine], engine: Engine) -> tuple[list[_Work], l
     work, refused = [], []
     for line in lines:
         try:
-            prompt = line.messages or line.text or line.token_ids
-            assert prompt is not None
-            ids = engine.prompt_ids(prompt)
+            ids = engine.prompt_ids(line.prompt)
             engine.check(Request(line.custom_id, ids, line.params))
         except (InputError, CapacityError) as error:
             refused.append(BadLine(line.number, line.custom_id, str(error)))

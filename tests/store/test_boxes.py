@@ -29,7 +29,7 @@ def cut(box) -> bytes:
 
 
 def context(box) -> SegmentContext:
-    return SegmentContext(b"\x07" * 32, b"{}", WHOLE.with_box(*box), 0, b"k" * 32)
+    return SegmentContext(b"\x07" * 32, 0, b"k" * 32, b"{}", WHOLE.with_box(*box))
 
 
 def write(path, box):

@@ -17,7 +17,7 @@ from hpckv.store.layout import StoreLayout
 from hpckv.store.segment import Segment, SegmentContext
 from hpckv.testing.tier_suite import GEOMETRY, make_block
 
-CONTEXT = SegmentContext(b"\x07" * 32, b"{}", GEOMETRY, 0, b"k" * 32)
+CONTEXT = SegmentContext(b"\x07" * 32, 0, b"k" * 32, b"{}", GEOMETRY)
 
 
 def key(number: int) -> bytes:

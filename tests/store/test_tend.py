@@ -1,0 +1,144 @@
+"""check finds every damage and nothing else; compact loses nothing; a rotated key hides what was stored."""
+
+import os
+import secrets
+
+import pytest
+
+from hpckv.quantity import ByteSize
+from hpckv.store import Identity, Namespace, StoreConfig, open_store
+from hpckv.store.compact import compact
+from hpckv.store.inspect import check, namespaces
+from hpckv.store.root import StoreRoot
+from hpckv.store.survey import Survey
+from hpckv.testing.tier_suite import GEOMETRY, make_block
+
+NAMESPACE = Namespace(Identity(weights="w", config={"a": 1}), {"dtype": "bfloat16", "block_tokens": 4})
+
+
+def tiers(store, **options):
+    settings = {"write": "all", "host_size": ByteSize(0), "segment_size": ByteSize(3 * GEOMETRY.block_bytes), **options}
+    return open_store(StoreConfig(shared=str(store), **settings), NAMESPACE, GEOMETRY)
+
+
+def write(store, numbers):
+    one = tiers(store)
+    for n, number in enumerate(numbers, start=1):
+        one.save(make_block(number))
+        if n % 3 == 0:
+            one.flush()
+    one.close()
+
+
+def hits(store, numbers):
+    one = tiers(store, write="off")
+    found = []
+    for number in numbers:
+        buffer = bytearray(GEOMETRY.block_bytes)
+        if one.load(make_block(number), memoryview(buffer)):
+            assert bytes(buffer) == make_block(number).payload
+            found.append(number)
+    one.close()
+    return found
+
+
+def survey(store):
+    found = Survey(StoreRoot.open(store).layout)
+    found.refresh()
+    return found
+
+
+def findings(store):
+    return [(f.file.path, f.what) for f in check(StoreRoot.open(store), survey(store)).findings]
+
+
+def segments(store):
+    return sorted(store.glob("u/*/seg/*/*.h5"))
+
+
+def spoil(path, place):
+    path.chmod(0o600)
+    data = bytearray(path.read_bytes())
+    data[place] ^= 1
+    path.write_bytes(data)
+    path.chmod(0o440)
+
+
+def test_a_store_in_use_is_clean(tmp_path):
+    write(tmp_path, range(60))
+    hits(tmp_path, range(60))
+    report = check(StoreRoot.open(tmp_path), survey(tmp_path))
+    assert (report.segments, report.blocks, report.findings) == (20, 60, [])
+
+
+@pytest.mark.parametrize("damage", ["payload", "trailer", "truncated", "identity", "index", "stray", "foreign name"])
+def test_each_damage_is_found_by_name(tmp_path, damage):
+    write(tmp_path, range(60))
+    path = segments(tmp_path)[7]
+    if damage == "payload":
+        spoil(path, 4096 * (path.stat().st_size // 4096 - 1))
+    elif damage == "trailer":
+        spoil(path, -100)
+    elif damage == "truncated":
+        path.chmod(0o600)
+        os.truncate(path, path.stat().st_size // 2)
+        path.chmod(0o440)
+    elif damage == "identity":
+        path = path.with_name("identity.json")
+        spoil(path, 30)
+    elif damage == "index":
+        (path,) = tmp_path.glob("u/*/idx/*/*.idx")
+        spoil(path, 300)
+    elif damage == "stray":
+        path = path.with_name("notes.txt")
+        path.write_text("mine")
+    else:
+        path = path.parent.parent / "results" / path.name
+        path.parent.mkdir()
+        segments(tmp_path)[3].rename(path)
+    ((found, what),) = findings(tmp_path)
+    assert found == path
+    assert "\n" not in what
+
+
+def test_compaction_makes_few_full_segments_and_loses_nothing(tmp_path):
+    write(tmp_path, range(60))
+    for path in segments(tmp_path)[:4]:  # the same blocks once more, as two jobs at once would write them
+        path.with_name(f"{secrets.token_hex(16)}.h5").write_bytes(path.read_bytes())
+    for path in segments(tmp_path):
+        path.chmod(0o440)
+    assert len(segments(tmp_path)) == 24
+    before = survey(tmp_path).num_bytes()
+    report = compact(StoreRoot.open(tmp_path), target_bytes=20 * GEOMETRY.block_bytes)
+    assert (report.read_segments, report.duplicate_blocks) == (24, 12)
+    assert len(segments(tmp_path)) == report.written_segments <= 4
+    assert survey(tmp_path).num_bytes() < before - report.freed_bytes / 2
+    assert hits(tmp_path, range(60)) == list(range(60))
+    assert findings(tmp_path) == []
+    assert compact(StoreRoot.open(tmp_path), target_bytes=20 * GEOMETRY.block_bytes).duplicate_blocks == 0
+
+
+def test_compaction_keeps_heat_and_leaves_damaged_segments_alone(tmp_path):
+    write(tmp_path, range(12))
+    hits(tmp_path, [0, 1, 2])
+    (view,) = namespaces(survey(tmp_path))
+    damaged = segments(tmp_path)[0]
+    spoil(damaged, -100)
+    compact(StoreRoot.open(tmp_path), target_bytes=100 * GEOMETRY.block_bytes)
+    assert damaged in segments(tmp_path)
+    assert len(segments(tmp_path)) == 2
+    assert view.use.heat == 0  # a run that only reads keeps no log: it may not be able to write
+    assert len(hits(tmp_path, range(12))) == 9
+
+
+def test_after_a_rotation_nothing_old_is_found_and_old_runs_go_on(tmp_path):
+    write(tmp_path, range(3))
+    old = tiers(tmp_path)
+    StoreRoot.open(tmp_path).rotate()
+    assert hits(tmp_path, range(3)) == []
+    assert old.match([make_block(n).key for n in range(3)]) == 3
+    old.close()
+    write(tmp_path, range(3))
+    assert hits(tmp_path, range(3)) == [0, 1, 2]
+    assert findings(tmp_path) == []
+    assert len(namespaces(survey(tmp_path))) == 2
