@@ -18,6 +18,7 @@ demo: $(STAMP)
 	$(BIN)/python examples/demo.py
 
 test: $(STAMP)
+	sh tests/system_packages.sh
 	$(BIN)/python -m pytest
 
 check: $(STAMP)
@@ -30,6 +31,7 @@ bench: $(STAMP)
 	$(BIN)/python bench/bench.py
 
 soak: $(STAMP)
+	sh tests/system_packages.sh
 	$(BIN)/python -m pytest -m slow -o timeout=7200 -o faulthandler_timeout=7200 --runslow
 
 docs: $(STAMP)

@@ -1,0 +1,15 @@
+#!/bin/sh
+# Programs that the tests use as oracles and that pip does not have. Installs what is missing where it may, and names it where not.
+set -eu
+missing=
+for pair in h5dump:hdf5-tools strace:strace; do
+    command -v "${pair%%:*}" >/dev/null || missing="$missing ${pair#*:}"
+done
+[ -z "$missing" ] && exit 0
+if [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null; then
+    # shellcheck disable=SC2086 # a list of words
+    { apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq $missing; } >/dev/null
+    exit 0
+fi
+echo "the tests need these packages, which only an administrator can install:$missing" >&2
+[ -z "${CI:-}" ]
