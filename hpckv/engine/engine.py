@@ -24,6 +24,7 @@ from hpckv.engine.sizing import PagePlan, build_namespace, plan_pages
 from hpckv.errors import CapabilityError, CapacityError, ConfigError
 from hpckv.kvcache import CacheConfig, CacheManager
 from hpckv.kvcache.kv_pool import KVPool, StoreConnector
+from hpckv.kvcache.load_policy import LoadPolicy
 from hpckv.model import ModelConfig, ModelSettings, read_config
 from hpckv.model.decoder import Decoder
 from hpckv.model.tokenizer import TextStream, Tokenizer
@@ -33,6 +34,7 @@ _log = logging.getLogger(__name__)
 
 Prompt = str | Sequence[int] | Sequence[dict[str, Any]]
 
+_LOAD_POLL_S = 0.05
 _NO_STORE_KEY = bytes(32)
 """Key epoch of a process without a store: its block keys are seen by nobody else."""
 
@@ -44,6 +46,8 @@ class StepTimes:
     schedule_s: float = 0.0
     forward_s: float = 0.0
     sample_s: float = 0.0
+    load_s: float = 0.0
+    """Waiting for stored blocks with nothing to compute meanwhile."""
 
 
 @dataclass(frozen=True)
@@ -93,6 +97,7 @@ class Engine:
         if store is not None:
             self._open_store(store if isinstance(store, StoreConfig) else StoreConfig(shared=str(store)))
         self.times = StepTimes()
+        self.load_policy = LoadPolicy()
         self._states: dict[str, RequestState] = {}
         self._streams: dict[RunningSequence, TextStream] = {}
         self._loaded: _Loaded | None = None
@@ -120,7 +125,7 @@ class Engine:
             self.pages.num_pages,
             block_tokens,
             lambda parent, tokens: block_key(self._epoch_key, self._identity, parent or ROOT_KEY, tokens),
-            connector=StoreConnector(pool, self.store) if self.store else None,
+            connector=StoreConnector(pool, self.store, self.load_policy) if self.store else None,
             writes=self._writes,
             reuse=self.cache_config.reuse,
         )
@@ -206,8 +211,11 @@ class Engine:
 
     def step(self) -> list[Answer]:
         """Compute one step; the answers it finished."""
-        start = time.perf_counter()
+        start, waited = time.perf_counter(), self.times.load_s
         plan = self.scheduler.next_step()
+        while not plan.chunks and (loading := self.scheduler.loading):
+            self._wait_for_load(loading)
+            plan = self.scheduler.next_step()
         if not plan.chunks:
             return []
         scheduled = time.perf_counter()
@@ -220,10 +228,24 @@ class Engine:
         computed = time.perf_counter()
         self.scheduler.complete(plan)
         answers = self._append_sampled(plan, logits)
-        self.times.schedule_s += scheduled - start
+        if (
+            prompt_tokens := sum(chunk.num_tokens for chunk in plan.chunks if chunk.num_tokens > 1)
+        ) >= plan.num_tokens / 2:
+            self.load_policy.note_prefill(prompt_tokens, computed - scheduled)
+        self.times.schedule_s += scheduled - start - (self.times.load_s - waited)
         self.times.forward_s += computed - scheduled
         self.times.sample_s += time.perf_counter() - computed
         return answers
+
+    def _wait_for_load(self, loading: Sequence[RunningSequence]) -> None:
+        """Nothing can be computed until a stored block comes: wait for one, no longer than its deadline."""
+        start = time.perf_counter()
+        fetch = loading[0].fetch
+        if fetch is not None and not fetch.is_done:
+            fetch.arrival.clear()
+            if not fetch.is_done:
+                fetch.arrival.wait(min(_LOAD_POLL_S, fetch.seconds_left + 0.001))
+        self.times.load_s += time.perf_counter() - start
 
     def generate(self, prompts: Iterable[Prompt], params: SamplingParams | None = None) -> Iterator[Answer]:
         """Answer every prompt, yielding in the order of `prompts`. Works through prefixes that prompts share once."""

@@ -1,7 +1,8 @@
 """Which tokens the next forward computes. Pure bookkeeping without torch: a day of traffic replays in a test.
 
 Each step: every running sequence first (one token in decode, a chunk in prefill), then waiting ones in plan order,
-until the token budget is used. A sequence whose next block another one is computing is held until that block is there.
+until the token budget is used. A sequence whose next block another one is computing is held until that block is there;
+one whose blocks are in the store waits aside until they are in memory, while others run.
 When pages run out the sequence that comes last in plan order is preempted: its pages go, its tokens are computed
 again later (mostly found in the cache).
 """
@@ -18,6 +19,9 @@ from hpckv.engine.config import EngineConfig
 from hpckv.engine.request import RunningSequence
 from hpckv.kvcache import CacheManager
 from hpckv.kvcache.cache_manager import Admission
+
+_READ_AHEAD = 8
+"""Sequences whose stored blocks are fetched at once, ahead of their turn; bounds the memory they take."""
 
 
 @dataclass(frozen=True)
@@ -78,19 +82,26 @@ class Scheduler:
         self._waiting: list[tuple[tuple[int, int], int, RunningSequence]] = []
         self._arrivals = itertools.count(1)
         self._held: dict[bytes, list[RunningSequence]] = defaultdict(list)
+        self._loading: list[RunningSequence] = []
         self._chunk = config.chunk_tokens or config.max_batch_tokens
 
     @property
     def num_unfinished(self) -> int:
-        return len(self.running) + len(self._waiting) + sum(map(len, self._held.values()))
+        return len(self.running) + len(self._waiting) + len(self._loading) + sum(map(len, self._held.values()))
+
+    @property
+    def loading(self) -> list[RunningSequence]:
+        """Sequences whose stored blocks are on their way."""
+        return list(self._loading)
 
     def add(self, seq: RunningSequence) -> None:
         seq.arrival = seq.arrival or next(self._arrivals)
         heapq.heappush(self._waiting, (*_place(seq), seq))
 
     def next_step(self) -> StepPlan:
-        """Choose the next forward's tokens and take their pages. Empty only when nothing is left."""
+        """Choose the next forward's tokens and take their pages. Empty only when nothing is left but what is loading."""
         plan = StepPlan()
+        self._collect_loaded()
         preempted = self.stats.preemptions
         self._schedule_running(plan)
         if self.stats.preemptions == preempted:  # else a newcomer would take the pages that were just missing
@@ -116,6 +127,7 @@ class Scheduler:
                 self.finish(seq)
                 continue
             self._give_up_uses(seq)
+            self._loading = [other for other in self._loading if other is not seq]
             self._waiting = [entry for entry in self._waiting if entry[-1] is not seq]
             heapq.heapify(self._waiting)
             for held in self._held.values():
@@ -124,6 +136,8 @@ class Scheduler:
     def drop_unstarted(self) -> list[RunningSequence]:
         """Forget everything that is not running (a drain); returns it."""
         dropped = [seq for *_, seq in self._waiting] + [seq for held in self._held.values() for seq in held]
+        dropped += self._loading
+        self._loading.clear()
         self._waiting.clear()
         self._held.clear()
         for seq in dropped:
@@ -131,6 +145,7 @@ class Scheduler:
         return dropped
 
     def _give_up_uses(self, seq: RunningSequence) -> None:
+        self.cache.give_up(seq)
         if not seq.was_admitted:
             seq.was_admitted = True
             self.cache.forget_use(seq.keys)
@@ -160,6 +175,11 @@ class Scheduler:
             if outcome is Admission.NO_PAGES:
                 return
             heapq.heappop(self._waiting)
+            if outcome is Admission.LOADING:
+                self._loading.append(seq)
+                if len(self._loading) >= _READ_AHEAD:
+                    return
+                continue
             if isinstance(outcome, bytes):
                 self._held[outcome].append(seq)
                 continue
@@ -168,6 +188,17 @@ class Scheduler:
                 self.cache.forget_use(seq.keys)
             self.running.append(seq)
             plan.add(ScheduledChunk.next_of(seq, limit))
+            self._wake(self.cache.take_arrived())
+
+    def _collect_loaded(self) -> None:
+        """Sequences whose blocks came (or will not) may ask for admission again."""
+        loading, self._loading = self._loading, []
+        for seq in loading:
+            if seq.fetch is None or seq.fetch.is_done:
+                self.add(seq)
+            else:
+                self._loading.append(seq)
+        self._wake(self.cache.take_arrived())
 
     def _preempt(self, seq: RunningSequence) -> None:
         self.running.remove(seq)

@@ -16,6 +16,7 @@ from enum import Enum
 
 from hpckv.kvcache.cached_sequence import CachedSequence
 from hpckv.kvcache.page_pool import PagePool
+from hpckv.store.fetch import Fetch, Loaded
 
 
 class Connector(ABC):
@@ -26,8 +27,12 @@ class Connector(ABC):
         """How many leading blocks are worth trying to load; no I/O."""
 
     @abstractmethod
-    def onboard(self, keys: Sequence[bytes], pages: Sequence[int]) -> list[str]:
-        """Load blocks into pages until the first miss; returns the tier of each block loaded and verified."""
+    def fetch(self, keys: Sequence[bytes], parent: bytes) -> Fetch | None:
+        """Begin to bring consecutive blocks into memory; None where computing them is the faster way."""
+
+    @abstractmethod
+    def place(self, fetch: Fetch, payloads: Sequence[memoryview], pages: Sequence[int]) -> None:
+        """Copy blocks that `fetch` brought into pages."""
 
     @abstractmethod
     def offload(self, key: bytes, parent: bytes, position: int, page: int) -> None:
@@ -39,6 +44,8 @@ class Admission(Enum):
 
     ADMITTED = "admitted"
     NO_PAGES = "no pages"
+    LOADING = "loading"
+    """Its stored blocks are on their way: ask again when `seq.fetch.is_done`."""
 
 
 @dataclass
@@ -79,6 +86,8 @@ class CacheManager:
         self._repeated: set[bytes] = set()
         self._offloaded: set[bytes] = set()
         self._computing: dict[bytes, CachedSequence] = {}
+        self._fetching: dict[bytes, CachedSequence] = {}
+        self._arrived: list[bytes] = []
 
     def expect(self, keys: Sequence[bytes]) -> None:
         """A sequence that has not started will use these blocks; they are kept for it where possible."""
@@ -100,12 +109,19 @@ class CacheManager:
     def admit(self, seq: CachedSequence, *, may_evict_wanted: bool, reserve: int = 0) -> Admission | bytes:
         """Match a sequence's prefix and take pages for all its tokens, leaving `reserve` pages for others.
 
-        Returns ADMITTED, NO_PAGES, or, if it must wait, the key of the last block it waits for. Admitted,
-        `num_computed` tells what was found; with everything found the last token is computed again for its logits.
+        Returns ADMITTED, NO_PAGES, LOADING, or, if it must wait for another sequence, the key of the last block it waits
+        for. Admitted, `num_computed` tells what was found; with everything found the last token is computed again for
+        its logits. Only blocks that are verified and in memory count as found.
         """
         assert not seq.pages
-        found, stored, awaited = self._match(seq.keys)
-        if awaited > stored:
+        found = self._on_device(seq.keys)
+        stored = self._from_store(seq, len(found))
+        if isinstance(stored, (Admission, bytes)):
+            return stored
+        awaited = reached = len(found) + len(stored)
+        while self._reuse and awaited < len(seq.keys) and seq.keys[awaited] in self._computing:
+            awaited += 1
+        if awaited > reached:
             self.stats.holds += 1
             return seq.keys[awaited - 1]
         size, matched = self.block_tokens, len(found)
@@ -117,30 +133,68 @@ class CacheManager:
             return Admission.NO_PAGES
         seq.pages = found + self._allocate(needed)
         seq.num_registered = matched
-        tiers = ["device"] * matched + self._onboard(seq, matched, stored)
+        tiers = ["device"] * matched + self._onboard(seq, stored)
         seq.num_computed = min(len(tiers) * size, len(seq.tokens) - 1)
         if seq.cached is None:
             self._count_first_match(seq, tiers)
         if self._reuse:
             for key in seq.keys[seq.num_registered :]:
                 self._computing.setdefault(key, seq)
+        self._end_fetch(seq)
         return Admission.ADMITTED
 
-    def _match(self, keys: Sequence[bytes]) -> tuple[list[int], int, int]:
-        """Pages of the leading blocks on the device; how far the store goes on; how far blocks in computation go on."""
+    def _on_device(self, keys: Sequence[bytes]) -> list[int]:
+        """Pages of the leading blocks."""
         found: list[int] = []
-        if not self._reuse:
-            return found, 0, 0
-        for key in keys:
-            page = self.pool.find(key)
-            if page is None:
-                break
-            found.append(page)
-        stored = len(found) + (self._connector.match(keys[len(found) :]) if self._connector else 0)
-        awaited = stored
-        while awaited < len(keys) and keys[awaited] in self._computing:
-            awaited += 1
-        return found, stored, awaited
+        if self._reuse:
+            for key in keys:
+                page = self.pool.find(key)
+                if page is None:
+                    break
+                found.append(page)
+        return found
+
+    def _from_store(self, seq: CachedSequence, first: int) -> list[Loaded] | Admission | bytes:
+        """Blocks from number `first` on that the store gave; or what to wait for."""
+        if self._connector is None or not self._reuse:
+            return []
+        if seq.fetch is not None and seq.fetch_first > first:  # what came before it was evicted meanwhile
+            self._end_fetch(seq)
+        if seq.fetch is None:
+            count = 0 if seq.skips_store else self._connector.match(seq.keys[first:])
+            wanted = seq.keys[first : first + count]
+            if others := [key for key in wanted if key in self._fetching]:
+                self.stats.holds += 1
+                return others[-1]
+            if not wanted:
+                return []
+            seq.fetch = self._connector.fetch(wanted, seq.keys[first - 1] if first else bytes(len(wanted[0])))
+            if seq.fetch is None:
+                seq.skips_store = True
+                return []
+            seq.fetch_first = first
+            self._fetching.update((key, seq) for key in wanted)
+        if not seq.fetch.is_done:
+            return Admission.LOADING
+        return seq.fetch.loaded[first - seq.fetch_first :]
+
+    def _end_fetch(self, seq: CachedSequence) -> None:
+        if seq.fetch is not None:
+            for job in seq.fetch.jobs:
+                if self._fetching.get(job.key) is seq:
+                    del self._fetching[job.key]
+                    self._arrived.append(job.key)
+            seq.fetch.is_over = True
+            seq.fetch = None
+
+    def give_up(self, seq: CachedSequence) -> None:
+        """A sequence that is not admitted will not come again."""
+        self._end_fetch(seq)
+
+    def take_arrived(self) -> list[bytes]:
+        """Keys that nobody is fetching any more: those who waited for them may ask again."""
+        arrived, self._arrived = self._arrived, []
+        return arrived
 
     def _count_first_match(self, seq: CachedSequence, tiers: Sequence[str]) -> None:
         size = self.block_tokens
@@ -151,10 +205,14 @@ class CacheManager:
             for number in range(tiers.count("device")):
                 self._offload(seq, number)
 
-    def _onboard(self, seq: CachedSequence, first: int, last: int) -> list[str]:
-        if self._connector is None or first == last:
+    def _onboard(self, seq: CachedSequence, stored: Sequence[Loaded]) -> list[str]:
+        if not stored:
             return []
-        tiers = self._connector.onboard(seq.keys[first:last], seq.pages[first:last])
+        assert self._connector
+        assert seq.fetch
+        first = seq.num_registered
+        tiers = [tier for tier, _ in stored]
+        self._connector.place(seq.fetch, [payload for _, payload in stored], seq.pages[first : first + len(stored)])
         self.stats.onboarded.update(tiers)
         for number in range(first, first + len(tiers)):
             self.pool.register(seq.pages[number], seq.keys[number])

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections import Counter
 
+from hpckv.store.fetch import Fetch
+
 HIT_TIERS = ("device", "host", "local", "shared")
 """Where a cached token can have come from, near to far."""
 
@@ -24,6 +26,11 @@ class CachedSequence:
         """Leading blocks that are known to the pool under their key."""
         self.cached: Counter[str] | None = None
         """Tokens found at first admission, by tier."""
+        self.fetch: Fetch | None = None
+        """Stored blocks on their way, from number `fetch_first` on."""
+        self.fetch_first = 0
+        self.skips_store = False
+        """It is faster to compute than to load what the store has of it."""
 
     @property
     def num_left(self) -> int:

@@ -11,8 +11,10 @@ import numpy as np
 import torch
 
 from hpckv.kvcache.cache_manager import Connector
+from hpckv.kvcache.load_policy import LoadPolicy
 from hpckv.kvcache.page_pool import NUM_RESERVED
 from hpckv.store import BlockGeometry, TieredStore
+from hpckv.store.fetch import Fetch
 from hpckv.store.segment import StoredBlock
 
 
@@ -49,25 +51,22 @@ class KVPool:
 class StoreConnector(Connector):
     """Moves blocks between a `KVPool` and a `TieredStore`."""
 
-    def __init__(self, pool: KVPool, store: TieredStore) -> None:
-        self._pool, self._store = pool, store
-        self._buffer = bytearray(pool.geometry.block_bytes)
+    def __init__(self, pool: KVPool, store: TieredStore, policy: LoadPolicy) -> None:
+        self._pool, self._store, self.policy = pool, store, policy
 
     def match(self, keys: Sequence[bytes]) -> int:
         return self._store.match(keys)
 
-    def onboard(self, keys: Sequence[bytes], pages: Sequence[int]) -> list[str]:
-        tiers: list[str] = []
-        view = memoryview(self._buffer)
-        for number, (key, page) in enumerate(zip(keys, pages, strict=True)):
-            # Parent and position matter to a tier that writes; the nearer tiers that get a copy here do not persist.
-            parent = keys[number - 1] if number else bytes(len(key))
-            tier = self._store.load(StoredBlock(key, parent, 0, b""), view)
-            if tier is None:
-                break
-            self._pool.write_block(page, view)
-            tiers.append(tier)
-        return tiers
+    def fetch(self, keys: Sequence[bytes], parent: bytes) -> Fetch | None:
+        geometry = self._pool.geometry
+        if not self.policy.should_load(len(keys) * geometry.block_tokens, len(keys) * geometry.block_bytes):
+            return None
+        return self._store.fetch(keys, parent)
+
+    def place(self, fetch: Fetch, payloads: Sequence[memoryview], pages: Sequence[int]) -> None:
+        for payload, page in zip(payloads, pages, strict=True):
+            self._pool.write_block(page, payload)
+        self.policy.note_load(len(fetch.loaded) * self._pool.geometry.block_bytes, fetch.seconds)
 
     def offload(self, key: bytes, parent: bytes, position: int, page: int) -> None:
         self._store.save(StoredBlock(key, parent, position, self._pool.read_block(page)))

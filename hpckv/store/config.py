@@ -29,9 +29,13 @@ class StoreConfig(Config, frozen=True):
     """A segment is sealed when it holds so many bytes of blocks (or at the end, or after `seal_s`)."""
     seal_s: float = 60.0
     """Longest time a computed block waits in an open segment, seconds."""
+    deadline_s: float = 10.0
+    """Longest time a request waits for stored blocks before they are computed instead, seconds."""
 
     def __post_init__(self) -> None:
         if not self.seal_s > 0:
             raise ConfigError(f"store.seal_s: {self.seal_s} is not above 0")
+        if not self.deadline_s > 0:
+            raise ConfigError(f"store.deadline_s: {self.deadline_s} is not above 0")
         if self.segment_size < 1:
             raise ConfigError(f"store.segment_size: {self.segment_size} is not above 0")

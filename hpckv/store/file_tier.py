@@ -101,18 +101,19 @@ class FileTier(Tier):
                 found[n] = self._writer.find(keys[n]) is not None
         return found
 
-    def get(self, key: bytes, into: memoryview) -> bool:
+    def get(self, key: bytes) -> memoryview | None:
         start = time.perf_counter()
         block = self._writer.find(key) if self._writer else None
         if block is not None:
-            into[:] = block.payload
+            into = memoryview(block.payload).cast("B")
         else:
+            into = memoryview(np.empty(self.geometry.block_bytes, np.uint8).data)
             cause = self._read(key, into)
             if cause:
                 self.stats.count_miss(cause)
-                return False
+                return None
         self.stats.count_hit(self.geometry.block_bytes, time.perf_counter() - start)
-        return True
+        return into
 
     def _read(self, key: bytes, into: memoryview) -> str | None:
         """Fill the buffer from one segment or several; None, or why not."""
@@ -150,8 +151,8 @@ class FileTier(Tier):
         warn_once(_log, f"{path.name}: {reason}; its blocks are computed again")
         return "io" if isinstance(error, OSError) else "damaged"
 
-    def put(self, block: StoredBlock) -> PutOutcome:
-        payload = bytes(block.payload)
+    def put(self, block: StoredBlock, *, keeps_payload: bool = False) -> PutOutcome:
+        payload = block.payload if keeps_payload else bytes(block.payload)
         assert len(payload) == self.geometry.block_bytes
         if self.present([block.key])[0]:
             return PutOutcome.DUPLICATE

@@ -24,7 +24,7 @@ class HostTier(Tier):
         self.geometry = geometry
         self.stats = TierStats()
         self._capacity = budget_bytes // geometry.block_bytes
-        self._blocks: OrderedDict[bytes, bytes] = OrderedDict()
+        self._blocks: OrderedDict[bytes, memoryview] = OrderedDict()
         self._pins: Counter[bytes] = Counter()
         self._lock = threading.Lock()
 
@@ -32,7 +32,7 @@ class HostTier(Tier):
         with self._lock:
             return np.fromiter((key in self._blocks for key in keys), bool, len(keys))
 
-    def get(self, key: bytes, into: memoryview) -> bool:
+    def get(self, key: bytes) -> memoryview | None:
         start = time.perf_counter()
         with self._lock:
             payload = self._blocks.get(key)
@@ -40,13 +40,12 @@ class HostTier(Tier):
                 self._blocks.move_to_end(key)
         if payload is None:
             self.stats.count_miss("absent")
-            return False
-        into[:] = payload
+            return None
         self.stats.count_hit(len(payload), time.perf_counter() - start)
-        return True
+        return payload
 
-    def put(self, block: StoredBlock) -> PutOutcome:
-        payload = bytes(block.payload)
+    def put(self, block: StoredBlock, *, keeps_payload: bool = False) -> PutOutcome:
+        payload = memoryview(block.payload if keeps_payload else bytes(block.payload)).cast("B")
         assert len(payload) == self.geometry.block_bytes
         with self._lock:
             if block.key in self._blocks:

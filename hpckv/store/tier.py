@@ -4,8 +4,8 @@ A tier maps a block key (32 bytes) to immutable bytes of one fixed size. It know
 requests, and no tier calls another (see `tiered_store`).
 
     present()   from memory, no I/O: whether a get() of each key is worth trying
-    get()       the exact bytes that were put, verified in the caller's buffer - or a miss; never an exception
-    put()       takes a copy; what it returns says whether the block will be kept
+    get()       the exact bytes that were put, verified in the buffer that is returned - or a miss; never an exception
+    put()       takes a copy, unless it is told that nobody will change the payload any more; never blocks on a device
     flush()     once it returns, every block put() answered STORED for is as durable as the tier ever makes it
                 (on disk and visible to every process for a file tier; nothing to do for host RAM)
     pin()       protects blocks from eviction until as many unpin()s
@@ -92,15 +92,15 @@ class Tier(ABC):
         """Whether the tier believes it has each block, (n,) bool. No I/O; may be wrong either way, get() decides."""
 
     @abstractmethod
-    def get(self, key: bytes, into: memoryview) -> bool:
-        """Copy the block's bytes into `into` (`block_bytes` long) and verify them there. False is a miss.
-
-        After a miss the content of `into` is undefined.
-        """
+    def get(self, key: bytes) -> memoryview | None:
+        """The block's bytes, or None for a miss. Nobody changes them any more, and the caller must not either."""
 
     @abstractmethod
-    def put(self, block: StoredBlock) -> PutOutcome:
-        """Take a copy of the block. Idempotent: a key that is already there is left as it is."""
+    def put(self, block: StoredBlock, *, keeps_payload: bool = False) -> PutOutcome:
+        """Take the block. Idempotent: a key that is already there is left as it is.
+
+        With `keeps_payload` nobody will change the payload any more, so that no copy is needed.
+        """
 
     @abstractmethod
     def flush(self) -> None:

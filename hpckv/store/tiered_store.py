@@ -8,17 +8,19 @@ from __future__ import annotations
 import json
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 
 from hpckv.errors import StoreError
 from hpckv.log import warn_once
-from hpckv.store.block import BlockGeometry, check_golden_vector
+from hpckv.store.block import ROOT_KEY, BlockGeometry, check_golden_vector
 from hpckv.store.catalog import Catalog
 from hpckv.store.config import StoreConfig
 from hpckv.store.durable import publish
+from hpckv.store.fetch import Breaker, DaemonPool, Fetch, Job, Loaded
 from hpckv.store.file_tier import FileTier
 from hpckv.store.host_tier import HostTier
 from hpckv.store.identity import Namespace
@@ -31,6 +33,7 @@ from hpckv.store.tier import PutOutcome, Tier
 
 _log = logging.getLogger(__name__)
 
+_READERS = 4
 _LOCAL_SEGMENT_BYTES = 64 * 1024**2
 _LOCAL_SEAL_S = 5.0
 
@@ -38,35 +41,79 @@ _LOCAL_SEAL_S = 5.0
 class TieredStore:
     """Blocks of one namespace over its tiers."""
 
-    def __init__(self, tiers: Sequence[Tier], *, epoch_key: bytes, reads: bool = True, writes: bool = True) -> None:
+    def __init__(
+        self,
+        tiers: Sequence[Tier],
+        *,
+        epoch_key: bytes,
+        reads: bool = True,
+        writes: bool = True,
+        deadline_s: float = 10.0,
+    ) -> None:
+        """A `fetch()` waits for no block longer than `deadline_s`."""
         self.tiers = list(tiers)
         self.epoch_key = epoch_key
         self.reads, self.writes = reads, writes
+        self.breakers = [Breaker() for _ in tiers]
+        self._deadline_s = deadline_s
+        self._pool = DaemonPool(_READERS, "hpckv-read")
 
     def match(self, keys: Sequence[bytes]) -> int:
         """How many of a prefix's leading blocks some tier believes to have. No I/O."""
         if not self.reads or not keys:
             return 0
         found = np.zeros(len(keys), dtype=bool)
-        for tier in self.tiers:
-            found |= tier.present(keys)
+        for tier, breaker in zip(self.tiers, self.breakers, strict=True):
+            if not breaker.is_open:
+                found |= tier.present(keys)
             if found.all():
                 return len(keys)
         return int(np.argmin(found))
 
-    def load(self, block: StoredBlock, into: memoryview) -> str | None:
-        """Read and verify a block from the nearest tier that has it, and keep it in the nearer ones.
+    def load(self, block: StoredBlock, on_tier: Callable[[int], None] = lambda _: None) -> Loaded | None:
+        """A verified block from the nearest tier that has it, kept in the nearer ones: that tier's name and the bytes.
 
-        Returns that tier's name, or None for a miss; the block's own payload is not looked at.
+        None is a miss; the block's own payload is not looked at. `on_tier` hears which tier is about to be read.
         """
         if not self.reads:
             return None
-        for number, tier in enumerate(self.tiers):
-            if tier.present([block.key])[0] and tier.get(block.key, into):
+        for number, (tier, breaker) in enumerate(zip(self.tiers, self.breakers, strict=True)):
+            if breaker.is_open or not tier.present([block.key])[0]:
+                continue
+            on_tier(number)
+            payload = tier.get(block.key)
+            if payload is not None:
+                breaker.note_success()
                 for nearer in self.tiers[:number]:
-                    nearer.put(StoredBlock(block.key, block.parent, block.position, into))
-                return tier.name
+                    nearer.put(StoredBlock(block.key, block.parent, block.position, payload), keeps_payload=True)
+                return tier.name, payload
         return None
+
+    def fetch(self, keys: Sequence[bytes], parent: bytes = ROOT_KEY) -> Fetch:
+        """Begin to load consecutive blocks of a prefix, the first of which follows `parent`. Returns at once."""
+        fetch = Fetch(keys, parent, self._deadline_s, self._note_late)
+
+        def read(job: Job) -> None:
+            loaded = None
+            if not fetch.is_over:
+                job.is_started = True
+                try:
+                    loaded = self.load(StoredBlock(job.key, job.parent, 0, b""), on_tier=job.enter)
+                except Exception as error:  # noqa: BLE001 - trouble with a store is a miss
+                    warn_once(_log, f"store: {type(error).__name__}: {error}; blocks are computed again")
+            if fetch.finish(job, loaded):
+                self._pool.hangs(-1)
+
+        for job in fetch.jobs:
+            self._pool.submit(partial(read, job))
+        return fetch
+
+    def _note_late(self, job: Job) -> None:
+        self._pool.hangs(1)
+        tier = self.tiers[job.tier]
+        tier.stats.count_miss("timeout")
+        if self.breakers[job.tier].note_timeout():
+            _log.warning("store: the %s tier does not answer in time; it is left alone for a while", tier.name)
 
     def save(self, block: StoredBlock) -> bool:
         """Offer a computed block to every tier that keeps more than copies; whether any keeps it."""
@@ -116,7 +163,13 @@ def open_store(config: StoreConfig, namespace: Namespace, geometry: BlockGeometr
             root=root,
         )
     )
-    return TieredStore(tiers, epoch_key=context.epoch_key, reads=config.read, writes=config.write != "off")
+    return TieredStore(
+        tiers,
+        epoch_key=context.epoch_key,
+        reads=config.read,
+        writes=config.write != "off",
+        deadline_s=config.deadline_s,
+    )
 
 
 def _own_folder(root: StoreRoot, catalog: Catalog, namespace: Namespace) -> Path | None:

@@ -282,4 +282,5 @@ class _Summary:
             record["pages"] = {"total": engine.pages.num_usable, "evicted": engine.cache.pool.num_evicted}
         if engine.store:
             record["store"] = {tier.name: tier.stats.record for tier in engine.store.tiers}
+            record["load_or_recompute"] = engine.load_policy.record
         return record

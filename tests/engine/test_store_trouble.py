@@ -1,6 +1,8 @@
 """A run with any store trouble is a correct run: load failures at every rate, answers those of a run without a store."""
 
 import random
+import threading
+import time
 
 import pytest
 
@@ -26,8 +28,9 @@ def tokens(engine: Engine) -> list[list[int]]:
     return found
 
 
+@pytest.mark.filterwarnings("default")
 @pytest.mark.parametrize("rate", [0.001, 0.01, 0.1, 0.5, 1.0])
-@pytest.mark.parametrize("trouble", ["miss", "slow death"])
+@pytest.mark.parametrize("trouble", ["miss", "slow death", "raises"])
 def test_load_failures_change_no_answer(checkpoint, tmp_path, rate, trouble):
     folder = checkpoint("llama")
     wanted = tokens(Engine(folder, cache=CACHE))
@@ -38,16 +41,67 @@ def test_load_failures_change_no_answer(checkpoint, tmp_path, rate, trouble):
     (tier,) = engine.store.tiers
     real, rng, calls = tier.get, random.Random(7), [0]
 
-    def failing(key, into):
+    def failing(key):
         calls[0] += 1
+        if trouble == "raises" and rng.random() < rate:
+            raise OSError(5, "Input/output error")
         if rng.random() < rate or (trouble == "slow death" and calls[0] > 5):
-            into[: len(into) // 2] = b"\xff" * (len(into) // 2)  # what a failed read leaves behind
-            return False
-        return real(key, into)
+            return None
+        return real(key)
 
     tier.get = failing
     assert tokens(engine) == wanted
     assert calls[0] > 0
+
+
+def test_a_hanging_store_costs_its_deadline_and_then_nothing(checkpoint, tmp_path):
+    folder = checkpoint("llama")
+    config = StoreConfig(shared=str(tmp_path / "kv"), write="all", host_size=0, deadline_s=0.3)
+    wanted = tokens(Engine(folder, store=config, cache=CACHE))
+    engine = Engine(folder, store=config, cache=CACHE)
+    engine.load()
+    (tier,) = engine.store.tiers
+    release = threading.Event()
+    tier.get = lambda key: release.wait() and None
+    found = [answer.token_ids for answer in engine.generate(prompts(), PARAMS)]
+    release.set()
+    assert found == wanted
+    # Not one deadline a request: reads ahead wait together, and then the breaker is open.
+    assert 3 <= tier.stats.misses["timeout"] <= 16
+    assert engine.store.breakers[0].num_trips == 1
+    assert engine.store.match([b"k" * 32]) == 0
+    engine.close()
+
+
+def test_loading_overlaps_and_a_prefix_is_read_once(checkpoint, tmp_path):
+    folder = checkpoint("llama")
+    config = StoreConfig(shared=str(tmp_path / "kv"), write="all", host_size=0)
+    wanted = tokens(Engine(folder, store=config, cache=CACHE))
+    engine = Engine(folder, store=config, cache=CACHE)
+    (tier,) = engine.store.tiers
+    real, keys = tier.get, []
+
+    def slow(key):
+        keys.append(key)
+        time.sleep(0.005)
+        return real(key)
+
+    tier.get = slow
+    assert tokens(engine) == wanted
+    assert len(keys) == len(set(keys))
+    assert engine.cache.stats.onboarded["shared"] == len(keys)
+    assert engine.scheduler.stats.prefill_tokens < 10 * 12 + 2 * 8
+
+
+def test_what_is_slower_to_load_is_computed(checkpoint, tmp_path):
+    folder = checkpoint("llama")
+    config = StoreConfig(shared=str(tmp_path / "kv"), write="all", host_size=0)
+    wanted = tokens(Engine(folder, store=config, cache=CACHE))
+    engine = Engine(folder, store=config, cache=CACHE)
+    engine.load_policy.load_bytes_per_s, engine.load_policy.prefill_tokens_per_s = 1.0, 1e9
+    assert tokens(engine) == wanted
+    assert engine.cache.stats.onboarded == {}
+    assert engine.load_policy.num_recomputes > 0
 
 
 def test_a_store_that_vanishes_under_the_run_changes_no_answer(checkpoint, tmp_path):

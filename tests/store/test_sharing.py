@@ -45,10 +45,9 @@ def get(store: Path, numbers) -> list[bool]:
     tiers = open_store(StoreConfig(shared=str(store), write="off", host_size=ByteSize(0)), NAMESPACE, GEOMETRY)
     found = []
     for number in numbers:
-        buffer = bytearray(GEOMETRY.block_bytes)
-        hit = tiers.load(make_block(number), memoryview(buffer)) is not None
-        assert not hit or bytes(buffer) == make_block(number).payload
-        found.append(hit)
+        loaded = tiers.load(make_block(number))
+        assert not loaded or bytes(loaded[1]) == make_block(number).payload
+        found.append(loaded is not None)
     tiers.close()
     return found
 

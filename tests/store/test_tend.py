@@ -34,9 +34,8 @@ def hits(store, numbers):
     one = tiers(store, write="off")
     found = []
     for number in numbers:
-        buffer = bytearray(GEOMETRY.block_bytes)
-        if one.load(make_block(number), memoryview(buffer)):
-            assert bytes(buffer) == make_block(number).payload
+        if loaded := one.load(make_block(number)):
+            assert bytes(loaded[1]) == make_block(number).payload
             found.append(number)
     one.close()
     return found
