@@ -12,6 +12,7 @@ from typing import Any
 
 from blake3 import blake3
 
+from hpckv.errors import AccessError, StoreError
 from hpckv.store.collect import is_orphan
 from hpckv.store.foreign_file import UnusableFileError, open_trusted
 from hpckv.store.identity import canonical_json
@@ -125,7 +126,7 @@ def _check_file(root: StoreRoot, file: StoredFile, on_file: Callable[[StoredFile
         return _verify(root, file)
     except FileNotFoundError:
         return 0  # collected meanwhile
-    except UnusableFileError as error:
+    except (UnusableFileError, StoreError, AccessError) as error:
         return Finding(file, str(error), is_derived=file.kind in ("index", "heat"))
     except OSError as error:
         return Finding(file, error.strerror or str(error))
