@@ -29,6 +29,8 @@ check: $(STAMP)
 
 bench: $(STAMP)
 	$(BIN)/python bench/bench.py
+	$(BIN)/python bench/modes.py --modes fast,unshared
+	$(BIN)/python bench/store.py
 
 soak: $(STAMP)
 	sh tests/system_packages.sh

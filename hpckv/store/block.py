@@ -74,11 +74,11 @@ class Tile:
     """Its bytes in the payload of the box it was cut from."""
 
     def digest(self, epoch_key: bytes, key: bytes, data: memoryview) -> bytes:
-        """Keyed BLAKE3-128 over the block's key, the tile's place in the model and its bytes."""
+        """BLAKE3-128 of the tile's bytes, keyed by the block's key and the tile's place in the model."""
         place = _PLACE.pack(self.head, self.first_layer, self.end_layer)
-        hasher = blake3(key + place, key=epoch_key)
-        hasher.update(data)
-        return hasher.digest(DIGEST_BYTES)
+        # Hashed in front of the data, key and place would shift it off BLAKE3's chunks: a sixth slower.
+        tile_key = blake3(key + place, key=epoch_key).digest()
+        return blake3(data, key=tile_key).digest(DIGEST_BYTES)
 
 
 @dataclass(frozen=True)

@@ -50,8 +50,6 @@ class StorePolicy(Config, frozen=True):
     """Segments unused for so long are collected first of all."""
     trust: Literal["project", "self"] = "project"
     """Whose segments a member reads: everybody's with a folder of their own, or only one's own."""
-    bridging: bool = True
-    """Whether a run may use blocks computed in another dtype, converted (bf16, fp16, fp32)."""
 
     @classmethod
     def new(cls, **settings: Any) -> StorePolicy:

@@ -1,4 +1,4 @@
-"""Write-behind: blocks are collected in memory, sealed into segments by a thread, and published by `durable.publish`.
+"""Write-behind: blocks are collected in memory, sealed into segments by threads, and published by `durable.publish`.
 
 `put()` never waits for a device: while two segments wait to be written, it drops.
 """
@@ -21,13 +21,14 @@ from hpckv.store.segment import SegmentContext, StoredBlock, build_segment
 _log = logging.getLogger(__name__)
 
 _SEALING_AT_ONCE = 2
+"""Threads, and segments that wait for them: one digests while the other writes."""
 
 OnSealed = Callable[[Path, np.ndarray, int], None]
 """Called with a published segment's path, its (n, 32) keys and its size in bytes."""
 
 
 class SegmentWriter:
-    """The open segment of one process, and the thread that seals it when it is full or old."""
+    """The open segment of one process, and the threads that seal it when it is full or old."""
 
     def __init__(
         self,
@@ -54,7 +55,7 @@ class SegmentWriter:
         self._opened_at = 0.0
         self._sealing: list[dict[bytes, StoredBlock]] = []
         self._work: queue.Queue[dict[bytes, StoredBlock] | None] = queue.Queue()
-        self._thread: threading.Thread | None = None
+        self._threads: list[threading.Thread] = []
 
     @property
     def num_pending(self) -> int:
@@ -90,17 +91,18 @@ class SegmentWriter:
         self._work.join()
 
     def close(self) -> None:
-        """flush(), then end the thread; idempotent."""
+        """flush(), then end the threads; idempotent."""
         self.flush()
-        if self._thread is not None:
+        for _ in self._threads:
             self._work.put(None)
-            self._thread.join()
-            self._thread = None
+        for thread in self._threads:
+            thread.join()
+        self._threads = []
 
     def _start(self) -> None:
-        if self._thread is None:
-            self._thread = threading.Thread(target=self._loop, name="hpckv-seal", daemon=True)
-            self._thread.start()
+        while len(self._threads) < _SEALING_AT_ONCE:
+            self._threads.append(threading.Thread(target=self._loop, name="hpckv-seal", daemon=True))
+            self._threads[-1].start()
 
     def _seal_open(self) -> None:
         self._sealing.append(self._open)
