@@ -171,14 +171,17 @@ class Scheduler:
                 return
             seq = self._waiting[0][-1]
             # While something runs, a newcomer must not push out blocks that requests behind it still want.
-            outcome = self.cache.admit(seq, may_evict_wanted=not self.running, reserve=len(self.running))
-            if outcome is Admission.NO_PAGES:
+            outcome = self.cache.admit(
+                seq,
+                may_evict_wanted=not self.running,
+                reserve=len(self.running),
+                may_fetch=len(self._loading) < _READ_AHEAD,
+            )
+            if outcome in (Admission.NO_PAGES, Admission.BUSY):
                 return
             heapq.heappop(self._waiting)
             if outcome is Admission.LOADING:
                 self._loading.append(seq)
-                if len(self._loading) >= _READ_AHEAD:
-                    return
                 continue
             if isinstance(outcome, bytes):
                 self._held[outcome].append(seq)

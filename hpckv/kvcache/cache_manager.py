@@ -44,6 +44,8 @@ class Admission(Enum):
 
     ADMITTED = "admitted"
     NO_PAGES = "no pages"
+    BUSY = "busy"
+    """It has stored blocks, and enough others are loading theirs."""
     LOADING = "loading"
     """Its stored blocks are on their way: ask again when `seq.fetch.is_done`."""
 
@@ -106,16 +108,18 @@ class CacheManager:
             elif self._uses_left.pop(key, None) is not None:
                 self.pool.recheck(key)
 
-    def admit(self, seq: CachedSequence, *, may_evict_wanted: bool, reserve: int = 0) -> Admission | bytes:
+    def admit(
+        self, seq: CachedSequence, *, may_evict_wanted: bool, reserve: int = 0, may_fetch: bool = True
+    ) -> Admission | bytes:
         """Match a sequence's prefix and take pages for all its tokens, leaving `reserve` pages for others.
 
-        Returns ADMITTED, NO_PAGES, LOADING, or, if it must wait for another sequence, the key of the last block it waits
+        Returns ADMITTED, NO_PAGES, BUSY, LOADING, or, if it must wait for another sequence, the key of the last block it waits
         for. Admitted, `num_computed` tells what was found; with everything found the last token is computed again for
         its logits. Only blocks that are verified and in memory count as found.
         """
         assert not seq.pages
         found = self._on_device(seq.keys)
-        stored = self._from_store(seq, len(found))
+        stored = self._from_store(seq, len(found), may_fetch)
         if isinstance(stored, (Admission, bytes)):
             return stored
         awaited = reached = len(found) + len(stored)
@@ -154,7 +158,7 @@ class CacheManager:
                 found.append(page)
         return found
 
-    def _from_store(self, seq: CachedSequence, first: int) -> list[Loaded] | Admission | bytes:
+    def _from_store(self, seq: CachedSequence, first: int, may_fetch: bool) -> list[Loaded] | Admission | bytes:
         """Blocks from number `first` on that the store gave; or what to wait for."""
         if self._connector is None or not self._reuse:
             return []
@@ -168,6 +172,8 @@ class CacheManager:
                 return others[-1]
             if not wanted:
                 return []
+            if not may_fetch:
+                return Admission.BUSY
             seq.fetch = self._connector.fetch(wanted, seq.keys[first - 1] if first else bytes(len(wanted[0])))
             if seq.fetch is None:
                 seq.skips_store = True
