@@ -6,7 +6,10 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
+import atexit
 import json
+import shutil
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,6 +17,10 @@ from typing import Any
 import pytest
 
 from hpckv.testing.tiny_model import make_checkpoint, make_tokenizer
+
+# What the package remembers between processes goes with the session, not into the user's home.
+os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="hpckv-tests-")
+atexit.register(shutil.rmtree, os.environ["XDG_CACHE_HOME"], ignore_errors=True)
 
 
 @pytest.fixture(scope="session")

@@ -15,6 +15,7 @@ from hpckv.model import ModelConfig
 from hpckv.model.weights import weight_files
 from hpckv.quantity import ByteSize, format_bytes
 from hpckv.store import BlockGeometry, Identity, Namespace, weights_digest
+from hpckv.store.identity import default_memory
 
 _WORKSPACE = 1.2
 """A loaded model takes its weights and, while it loads and runs, about a fifth more."""
@@ -81,11 +82,11 @@ def plan_pages(
 def build_namespace(
     folder: Path, model: ModelConfig, cache: CacheConfig, engine: EngineConfig, device: Capability, dtype: str
 ) -> Namespace:
-    """Identity and representation of an engine's blocks. Reads all weights, to digest them."""
+    """Identity and representation of an engine's blocks. Reads all weights, to digest them, unless their digest is known."""
     import torch
 
     try:
-        identity = Identity(weights=weights_digest(weight_files(folder)), config=model.raw)
+        identity = Identity(weights=weights_digest(weight_files(folder), memory=default_memory()), config=model.raw)
     except OSError as error:
         raise AccessError(f"{error.filename or folder}: {error.strerror}") from None
     representation: dict[str, object] = {

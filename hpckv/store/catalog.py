@@ -15,7 +15,6 @@ import stat
 import threading
 import time
 from collections.abc import Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -25,6 +24,7 @@ from hpckv.log import warn_once
 from hpckv.store.block import Box
 from hpckv.store.block_index import BlockIndex, Entries
 from hpckv.store.durable import publish
+from hpckv.store.fetch import for_each
 from hpckv.store.foreign_file import UnusableFileError
 from hpckv.store.index_file import IndexedSegment, IndexFile
 from hpckv.store.layout import StoreLayout
@@ -217,8 +217,7 @@ class Catalog:
         indexes = self.layout.indexes(owner.uid, self._namespace)
         if owner.indexes.look(indexes, ".idx"):
             new = self._read_indexes(owner, folder, indexes, set(new))
-        with ThreadPoolExecutor(_READERS) as pool:
-            list(pool.map(lambda name: self._read_segment(folder / name, owner.uid), new))
+        for_each(lambda name: self._read_segment(folder / name, owner.uid), new, _READERS)
 
     def _read_indexes(self, owner: _Owner, folder: Path, indexes: Path, new: set[str]) -> list[str]:
         """Take what index files say about `new` segments; returns those that none speaks of."""

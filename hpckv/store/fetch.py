@@ -11,7 +11,9 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
+Item = TypeVar("Item")
 Loaded = tuple[str, memoryview]
 """The tier a block came from, and its verified bytes."""
 
@@ -41,6 +43,25 @@ class DaemonPool:
     def _run(self) -> None:
         while True:
             self._work.get()()
+
+
+def for_each(work: Callable[[Item], None], items: Sequence[Item], num_threads: int) -> None:
+    """`work` on every item, in threads that nobody else ever has to wait for; returns when all is done."""
+    waiting: queue.SimpleQueue[Item | None] = queue.SimpleQueue()
+    for item in (*items, *[None] * num_threads):
+        waiting.put(item)
+
+    def run() -> None:
+        while (item := waiting.get()) is not None:
+            work(item)
+
+    threads = [
+        threading.Thread(target=run, name="hpckv-each", daemon=True) for _ in range(min(num_threads, len(items)))
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
 
 
 class Breaker:

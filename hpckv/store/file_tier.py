@@ -12,7 +12,7 @@ import secrets
 import threading
 import time
 from collections import Counter, OrderedDict
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -32,6 +32,8 @@ _log = logging.getLogger(__name__)
 
 _OPEN_FILES = 256
 _HEAT_EVERY_S = 600.0
+_FIRST_LOOK_S = 60.0
+_TIDY_UP_S = 60.0
 
 
 class FileTier(Tier):
@@ -83,9 +85,9 @@ class FileTier(Tier):
             keep_s=keep_s,
             gid=gid,
             is_durable=is_durable,
-            **({"make_room": self._collector.make_room} if self._collector else {}),
+            make_room=self._collector.make_room if self._collector else lambda num_bytes: True,
         )
-        catalog.refresh()
+        self._within(_FIRST_LOOK_S, catalog.refresh)
         self._refresh_s = refresh_s
         self._is_closing = threading.Event()
         self._refresher = threading.Thread(target=self._refresh_loop, name=f"hpckv-refresh-{name}", daemon=True)
@@ -209,15 +211,27 @@ class FileTier(Tier):
         self._is_closing.set()
         if self._writer:
             self._writer.close()
+            if self._writer.is_writing:
+                self._within(_TIDY_UP_S, self._tidy_up)
+        with self._lock:
+            self._files.clear()
+
+    def _tidy_up(self) -> None:
         try:
             self._log_heat()
-            if self._collector and self._writer:
+            if self._collector:
                 self._collector.collect()
                 self.catalog.consolidate(os.getuid())
         except OSError as error:
             warn_once(_log, f"store {self._own}: {error.strerror}; not tidied up")
-        with self._lock:
-            self._files.clear()
+
+    def _within(self, seconds: float, work: Callable[[], None]) -> None:
+        """Do what a dead filesystem must not hold up: in a thread that is left alone after `seconds`."""
+        thread = threading.Thread(target=work, name=f"hpckv-{self.name}", daemon=True)
+        thread.start()
+        thread.join(seconds)
+        if thread.is_alive():
+            warn_once(_log, f"store {self.catalog.layout.root}: no answer in {seconds:.0f} s; going on without it")
 
     def _is_pinned(self, path: Path) -> bool:
         with self._lock:

@@ -42,14 +42,18 @@ class SegmentWriter:
         gid: int | None = None,
         is_durable: bool = True,
         make_room: Callable[[int], bool] = lambda num_bytes: True,
+        patience_s: float = 120.0,
     ) -> None:
-        """`make_room` is asked before each file is written, with its size; without room the blocks are dropped."""
+        """`make_room` is asked before each file is written, with its size; without room the blocks are dropped.
+
+        A device that has not taken a flush after `patience_s` seconds is given up.
+        """
         self.num_lost = 0
         """Blocks that were taken and could not be written."""
         self._folder, self._context, self._on_sealed = folder, context, on_sealed
         self._segment_bytes, self._seal_s, self._keep_s = segment_bytes, seal_s, keep_s
         self._gid, self._is_durable, self._make_room = gid, is_durable, make_room
-        self._is_writing = True
+        self._is_writing, self._patience_s = True, patience_s
         self._lock = threading.Lock()
         self._open: dict[bytes, StoredBlock] = {}
         self._opened_at = 0.0
@@ -88,16 +92,25 @@ class SegmentWriter:
         with self._lock:
             if self._open:
                 self._seal_open()
-        self._work.join()
+        with self._work.all_tasks_done:
+            is_done = self._work.all_tasks_done.wait_for(lambda: not self._work.unfinished_tasks, self._patience_s)
+        if not is_done:
+            self._give_up(self.num_pending, TimeoutError(None, f"nothing was written for {self._patience_s:.0f} s"))
 
     def close(self) -> None:
-        """flush(), then end the threads; idempotent."""
+        """flush(), then end the threads, unless they hang; idempotent."""
         self.flush()
         for _ in self._threads:
             self._work.put(None)
-        for thread in self._threads:
-            thread.join()
+        if self._is_writing:
+            for thread in self._threads:
+                thread.join()
         self._threads = []
+
+    @property
+    def is_writing(self) -> bool:
+        """False once the device failed or was given up."""
+        return self._is_writing
 
     def _start(self) -> None:
         while len(self._threads) < _SEALING_AT_ONCE:

@@ -53,6 +53,45 @@ def test_the_weights_digest_is_of_content_alone(tmp_path):
     assert digest != weights_digest([tmp_path / "b" / "x.safetensors"])
 
 
+def test_digests_are_remembered_and_never_believed_of_a_changed_file(tmp_path, monkeypatch):
+    weights, memory = tmp_path / "x.safetensors", tmp_path / "cache" / "weights.json"
+    weights.write_bytes(b"1" * 1000)
+    plain = weights_digest([weights])
+    assert weights_digest([weights], memory=memory) == plain
+    assert not memory.exists()  # written just now: it may still change
+    monkeypatch.setattr("hpckv.store.identity._SETTLED_NS", -1)
+    assert weights_digest([weights], memory=memory) == plain
+    assert memory.stat().st_mode & 0o777 == 0o600
+
+    remembered = json.loads(memory.read_text())
+    remembered[str(weights)]["digest"] = "00" * 32
+    memory.write_text(json.dumps(remembered))
+    assert weights_digest([weights], memory=memory) != plain  # it is not read again
+    status = weights.stat()
+    weights.write_bytes(b"2" * 1000)
+    os.utime(weights, ns=(status.st_atime_ns, status.st_mtime_ns))  # same size, same mtime
+    other = weights_digest([weights])
+    assert weights_digest([weights], memory=memory) == other != plain
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"[]", b'{"x": 1}'])
+def test_a_damaged_memory_is_no_memory(tmp_path, content):
+    weights, memory = tmp_path / "x.safetensors", tmp_path / "weights.json"
+    weights.write_bytes(b"1" * 1000)
+    memory.write_bytes(content)
+    assert weights_digest([weights], memory=memory) == weights_digest([weights])
+
+
+def test_somebody_elses_memory_is_not_believed(tmp_path):
+    weights, memory = tmp_path / "x.safetensors", tmp_path / "weights.json"
+    weights.write_bytes(b"1" * 1000)
+    status = weights.stat()
+    signature = [status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns]
+    memory.write_text(json.dumps({str(weights): {"signature": signature, "digest": "00" * 32}}))
+    memory.chmod(0o666)  # anybody could have written it
+    assert weights_digest([weights], memory=memory) == weights_digest([weights])
+
+
 def store(folder, **options):
     return open_store(StoreConfig(shared=str(folder), write="all", **options), namespace(), GEOMETRY)
 

@@ -2,6 +2,7 @@
 
 import os
 import stat
+import threading
 import time
 from pathlib import Path
 
@@ -219,6 +220,19 @@ def test_a_full_disk_turns_writing_off_and_hurts_nobody(tmp_path, monkeypatch):
     assert tier.put(make_block(2)) is PutOutcome.DROPPED
     tier.close()
     assert segments(tmp_path) == []
+
+
+@pytest.mark.filterwarnings("default")
+def test_a_device_that_takes_nothing_is_given_up(tmp_path, monkeypatch):
+    tier = make_file_tier(tmp_path)
+    tier._writer._patience_s = 0.2
+    release = threading.Event()
+    monkeypatch.setattr("hpckv.store.segment_writer.publish", lambda *_, **__: release.wait())
+    tier.put(make_block(1))
+    tier.close()
+    assert tier._writer.num_lost == 1
+    assert tier.put(make_block(2)) is PutOutcome.DROPPED
+    release.set()
 
 
 def test_the_host_tier_keeps_to_its_budget_least_recently_used_first():
