@@ -10,6 +10,8 @@ _UNITS = {"": 1, "B": 1}
 for _power, _letter in enumerate("KMGTP", start=1):
     _UNITS[_letter] = _UNITS[_letter + "iB"] = 1024**_power
     _UNITS[_letter + "B"] = 1000**_power
+_SECONDS = {"s": 1, "min": 60, "h": 3600, "d": 86400}
+_DURATION = re.compile(r"\s*(\d+(?:\.\d+)?)\s*(s|min|h|d)\s*")
 _SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*")
 
 
@@ -31,6 +33,14 @@ class ByteSize(int):
 
     def __str__(self) -> str:
         return format_bytes(self)
+
+
+def parse_duration(value: str) -> float:
+    """`5min`, `1h`, `7d`, `90s` -> seconds; raises `ConfigError` for anything else."""
+    match = _DURATION.fullmatch(value)
+    if match is None:
+        raise ConfigError(f"{value!r} is not a duration; write for example 5min, 1h or 7d")
+    return float(match[1]) * _SECONDS[match[2]]
 
 
 def format_bytes(num_bytes: float) -> str:

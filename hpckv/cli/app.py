@@ -8,6 +8,7 @@ import typer
 
 import hpckv
 from hpckv import log
+from hpckv.cli.bench import bench_app
 from hpckv.cli.model import model_app
 from hpckv.cli.run import run
 from hpckv.cli.store import store_app
@@ -24,6 +25,7 @@ app = typer.Typer(
 app.command()(run)
 app.add_typer(model_app, name="model")
 app.add_typer(store_app, name="store")
+app.add_typer(bench_app, name="bench")
 
 
 def _version(wanted: bool) -> None:

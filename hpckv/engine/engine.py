@@ -205,6 +205,11 @@ class Engine:
             self.scheduler.add(seq)
 
     @property
+    def bridged_blocks(self) -> int:
+        """Stored blocks that were used although they had been computed in another dtype."""
+        return self._loaded.cache.stats.bridged if self._loaded else 0
+
+    @property
     def num_unfinished(self) -> int:
         """Sequences not yet finished."""
         return self._loaded.scheduler.num_unfinished if self._loaded else 0
@@ -360,7 +365,7 @@ class Engine:
         self.store = open_store(config, namespace, self.pages.geometry)
         self.weights_digest = namespace.identity.weights
         self._writes = config.write
-        self._epoch_key, self._identity = self.store.epoch_key, namespace.identity.digest
+        self._epoch_key, self._identity = self.store.epoch_key, self.store.identity
 
     def _refuse_what_is_not_here(self) -> None:
         if self.settings.quantization != "none":

@@ -56,6 +56,8 @@ class CacheStats:
 
     registered: int = 0
     onboarded: Counter[str] = field(default_factory=Counter)
+    bridged: int = 0
+    """Onboarded ones that were converted from another dtype."""
     offloaded: int = 0
     holds: int = 0
 
@@ -87,6 +89,8 @@ class CacheManager:
         self._uses_left: dict[bytes, int] = {}
         self._repeated: set[bytes] = set()
         self._offloaded: set[bytes] = set()
+        self._foreign: set[bytes] = set()
+        """Blocks that came over a bridge, and what was computed after them: never offered to the store."""
         self._computing: dict[bytes, CachedSequence] = {}
         self._fetching: dict[bytes, CachedSequence] = {}
         self._arrived: list[bytes] = []
@@ -217,12 +221,15 @@ class CacheManager:
         assert self._connector
         assert seq.fetch
         first = seq.num_registered
-        tiers = [tier for tier, _ in stored]
-        self._connector.place(seq.fetch, [payload for _, payload in stored], seq.pages[first : first + len(stored)])
+        tiers = [loaded.tier for loaded in stored]
+        self._connector.place(seq.fetch, [loaded.payload for loaded in stored], seq.pages[first : first + len(stored)])
         self.stats.onboarded.update(tiers)
         for number in range(first, first + len(tiers)):
             self.pool.register(seq.pages[number], seq.keys[number])
             self._offloaded.add(seq.keys[number])
+        bridged = {seq.keys[first + n] for n, loaded in enumerate(stored) if loaded.is_bridged}
+        self._foreign |= bridged
+        self.stats.bridged += len(bridged)
         seq.num_registered = first + len(tiers)
         return tiers
 
@@ -246,6 +253,8 @@ class CacheManager:
                 parent = seq.keys[-1] if seq.keys else None
                 seq.keys.append(self._key_of(parent, seq.tokens[number * size : (number + 1) * size]))
             key = seq.keys[number]
+            if number and seq.keys[number - 1] in self._foreign:
+                self._foreign.add(key)
             if self.pool.register(seq.pages[number], key):
                 self.stats.registered += 1
                 if self._writes == "all" or (self._writes == "planned" and key in self._repeated):
@@ -274,7 +283,8 @@ class CacheManager:
             assert seq.num_computed <= len(seq.pages) * self.block_tokens
 
     def _offload(self, seq: CachedSequence, number: int) -> None:
-        if self._connector is None or seq.keys[number] in self._offloaded:
+        key = seq.keys[number]
+        if self._connector is None or key in self._offloaded or key in self._foreign:
             return
         parent = seq.keys[number - 1] if number else bytes(len(seq.keys[0]))
         self._connector.offload(seq.keys[number], parent, number * self.block_tokens, seq.pages[number])

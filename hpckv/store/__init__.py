@@ -3,8 +3,9 @@
 from hpckv.store.block import ROOT_KEY, BlockGeometry, block_key, prefix_keys
 from hpckv.store.config import StoreConfig
 from hpckv.store.identity import Identity, Namespace, weights_digest
+from hpckv.store.opening import open_store
 from hpckv.store.tier import PutOutcome, Tier, TierStats
-from hpckv.store.tiered_store import TieredStore, open_store
+from hpckv.store.tiered_store import TieredStore
 
 __all__ = [
     "ROOT_KEY",

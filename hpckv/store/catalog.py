@@ -76,9 +76,15 @@ class Catalog:
     """Segments and blocks of one namespace over all trusted users."""
 
     def __init__(
-        self, layout: StoreLayout, context: SegmentContext, *, trusted_uids: frozenset[int] | None = None
+        self,
+        layout: StoreLayout,
+        context: SegmentContext,
+        *,
+        trusted_uids: frozenset[int] | None = None,
+        distrusted_uids: Iterable[int] = (),
     ) -> None:
-        """`trusted_uids` None trusts every owner of a folder of their own."""
+        """`trusted_uids` None trusts every owner of a folder of their own, except `distrusted_uids`."""
+        self._distrusted = set(distrusted_uids)
         self.layout, self._context, self._trusted = layout, context, trusted_uids
         self._namespace = layout.namespace_name(context.namespace, context.epoch)
         self._lock = threading.RLock()
@@ -143,6 +149,17 @@ class Catalog:
                 self._index(self._boxes.pop(number)).remove(number)
                 del self._paths[number]
 
+    def distrust(self, uid: int) -> None:
+        """Use nothing of this user's any more."""
+        self._distrusted.add(uid)
+        self._drop_distrusted()
+
+    def _drop_distrusted(self) -> None:
+        folders = {self.own_folder(uid) for uid in self._distrusted}
+        for path in self.segments if folders else ():
+            if path.parent in folders:
+                self.forget(path)
+
     def refresh(self) -> None:
         """Look for what came and went since the last time."""
         with self._refreshing:
@@ -152,6 +169,7 @@ class Catalog:
                     self._refresh_owner(owner)
                 except OSError as error:
                     warn_once(_log, f"{self.own_folder(uid)}: {error.strerror}; its blocks are not used")
+            self._drop_distrusted()  # those that were distrusted meanwhile
 
     def consolidate(self, uid: int, *, at_least: int = INDEX_FROM) -> Path | None:
         """Write an index file of all segments of `uid` (this user) if `at_least` of them are in none."""
@@ -195,7 +213,7 @@ class Catalog:
             return
         for entry in found:
             uid = int(entry.name)
-            if self._trusted is not None and uid not in self._trusted:
+            if uid in self._distrusted or (self._trusted is not None and uid not in self._trusted):
                 continue
             with contextlib.suppress(OSError):
                 status = entry.stat(follow_symlinks=False)

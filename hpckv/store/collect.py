@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import os
+import secrets
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -16,11 +17,16 @@ from pathlib import Path
 
 from hpckv.log import warn_once
 from hpckv.quantity import format_bytes
+from hpckv.store.config import PINNED_S
+from hpckv.store.durable import publish
 from hpckv.store.policy import StorePolicy
 from hpckv.store.root import StoreRoot
-from hpckv.store.survey import StoredFile, Survey, Use
+from hpckv.store.survey import StoredFile, Survey, Use, merged_heat_record
 
 _log = logging.getLogger(__name__)
+
+_HEAT_FILES = 8
+"""Own heat files from which on they are merged."""
 
 ORPHAN_S = 8 * 86400.0
 """A temporary file this old belongs to no writer any more, whatever a site's wall time is."""
@@ -39,14 +45,27 @@ class Limit:
 def in_order_of_worth(
     files: Sequence[StoredFile], uses: Mapping[Path, Use], keep_s: float, now: float
 ) -> list[StoredFile]:
-    """The least worth keeping first: unused for longer than `keep_s`, then few reads for their bytes, then the oldest."""
+    """The least worth keeping first: unused for longer than `keep_s`, then few reads for their bytes, then the oldest.
+
+    A segment's own `keep_s` comes before the store's; pinned ones are not in it at all.
+    """
 
     def worth(file: StoredFile) -> tuple[bool, float, float]:
         use = uses.get(file.path, Use())
-        touched = max(use.last, file.written_at)
-        return now - touched <= keep_s, use.heat / max(1, file.num_bytes), touched
+        return not is_expired(file, use, now, keep_s), use.heat / max(1, file.num_bytes), _touched(file, use)
 
-    return sorted(files, key=lambda file: (worth(file), file.path))
+    loose = [file for file in files if uses.get(file.path, Use()).keep_s != PINNED_S]
+    return sorted(loose, key=lambda file: (worth(file), file.path))
+
+
+def is_expired(file: StoredFile, use: Use, now: float, keep_s: float) -> bool:
+    """Whether it has not been used for as long as it should be kept, by its own class or else by the store's `keep_s`."""
+    kept = use.keep_s or keep_s
+    return kept != PINNED_S and now - _touched(file, use) > kept
+
+
+def _touched(file: StoredFile, use: Use) -> float:
+    return max(use.last, file.written_at)
 
 
 def limits(policy: StorePolicy, survey: Survey, uid: int) -> list[Limit]:
@@ -111,10 +130,15 @@ class Collector:
         return not room
 
     def collect(self) -> list[StoredFile]:
-        """Bring own files within quota and sweep own orphans; returns what was deleted. Raises `OSError`."""
+        """Bring own files within quota, delete what has expired, sweep own orphans; returns what was deleted.
+
+        Raises `OSError`.
+        """
         with self._lock:
             self._survey.refresh()
-            return self._delete_excess(0, 0) + self._sweep()
+            deleted = self._delete_expired() + self._delete_excess(0, 0) + self._sweep()
+            self._merge_heat()
+            return deleted
 
     def _is_bounded(self) -> bool:
         quota = self._root.policy.quota
@@ -136,6 +160,28 @@ class Collector:
                 victims[file.path] = file
                 short -= file.num_bytes
         return [file for file in victims.values() if file.uid == self._uid and self._delete(file)]
+
+    def _delete_expired(self) -> list[StoredFile]:
+        """Delete own segments whose own class says so; what only the store's `keep_days` says waits for pressure."""
+        now, uses = time.time(), self._survey.uses()
+        classed = [f for f in self._survey.segments(self._uid) if uses.get(f.path, Use()).keep_s]
+        return [f for f in classed if is_expired(f, uses[f.path], now, 0) and self._delete(f)]
+
+    def _merge_heat(self) -> None:
+        """One own heat file instead of many, without what is gone."""
+        logs = [f for f in self._survey.files.values() if f.kind == "heat" and f.uid == self._uid]
+        if len(logs) < _HEAT_FILES:
+            return
+        now = time.time()
+        present = {
+            str(path.relative_to(self._root.layout.users)): use
+            for path, use in self._survey.uses(now, of=logs).items()
+            if path in self._survey.files
+        }
+        merged = logs[0].path.with_name(f"{secrets.token_hex(16)}.json")
+        publish(merged, [merged_heat_record(present, now)], gid=self._root.policy.group)
+        for log in logs:
+            log.path.unlink(missing_ok=True)
 
     def _sweep(self) -> list[StoredFile]:
         """Delete own temporary files that nobody can be writing any more."""

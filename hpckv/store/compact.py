@@ -54,7 +54,7 @@ def compact(
     uses = survey.uses()
     for view in namespaces(survey):
         own = sorted((f for f in view.segments if f.uid == os.getuid()), key=lambda f: f.written_at)
-        for box, sources in _sources(root, own, target_bytes, report, on_file).items():
+        for (box, _), sources in _sources(root, own, target_bytes, report, on_file).items():
             context = _context(root, view, sources[0].segment, box)
             _rewrite(root, context, sources, target_bytes, report, [uses.get(s.file.path, Use()) for s in sources])
     return report
@@ -66,10 +66,10 @@ def _sources(
     target_bytes: int,
     report: CompactReport,
     on_file: Callable[[StoredFile], None],
-) -> dict[Box, list[_Source]]:
-    """By box: segments worth rewriting."""
-    seen: dict[Box, set[bytes]] = defaultdict(set)
-    found: dict[Box, list[_Source]] = defaultdict(list)
+) -> dict[tuple[Box, int], list[_Source]]:
+    """By box and by how long they are kept: segments worth rewriting."""
+    seen: dict[tuple[Box, int], set[bytes]] = defaultdict(set)
+    found: dict[tuple[Box, int], list[_Source]] = defaultdict(list)
     for file in own:
         try:
             segment = Segment(file.path, seal_of(root, file), frozenset({file.uid}))
@@ -78,14 +78,15 @@ def _sources(
         finally:
             on_file(file)
         keys = [segment.key(row) for row in range(segment.count)]
-        known = seen[segment.geometry.box]
+        kind = segment.geometry.box, segment.keep_s
+        known = seen[kind]
         rows = [row for row, key in enumerate(keys) if key not in known]
         known.update(keys)
         if len(rows) < len(keys) or len(keys) * segment.geometry.block_bytes < target_bytes // 2:
-            found[segment.geometry.box].append(_Source(file, segment, rows))
+            found[kind].append(_Source(file, segment, rows))
             report.duplicate_blocks += len(keys) - len(rows)
     # One small segment alone gains nothing.
-    return {box: s for box, s in found.items() if len(s) > 1 or len(s[0].rows) < s[0].segment.count}
+    return {kind: s for kind, s in found.items() if len(s) > 1 or len(s[0].rows) < s[0].segment.count}
 
 
 def _context(root: StoreRoot, view: NamespaceView, segment: Segment, box: Box) -> SegmentContext:
@@ -111,7 +112,7 @@ def _rewrite(
         nonlocal written_bytes
         if batch:
             path = folder / f"{secrets.token_hex(16)}.h5"
-            parts = build_segment(context, batch, keep_s=max(s.segment.keep_s for s in sources))
+            parts = build_segment(context, batch, keep_s=sources[0].segment.keep_s)
             publish(path, parts, gid=root.policy.group)
             written.append(path)
             written_bytes += sum(map(len, parts))
@@ -128,7 +129,7 @@ def _rewrite(
         if len(batch) * context.geometry.block_bytes >= target_bytes:
             seal()
     seal()
-    _pass_heat_on(root, written, uses)
+    _pass_heat_on(root, written, uses, sources[0].segment.keep_s)
     for file in done:
         file.path.unlink(missing_ok=True)
     report.read_segments += len(done)
@@ -144,11 +145,13 @@ def _blocks(source: _Source) -> Iterator[StoredBlock]:
         yield StoredBlock(segment.key(row), bytes(segment.parents[row]), int(segment.positions[row]), payload)
 
 
-def _pass_heat_on(root: StoreRoot, written: Sequence[Path], uses: Sequence[Use]) -> None:
+def _pass_heat_on(root: StoreRoot, written: Sequence[Path], uses: Sequence[Use], keep_s: int) -> None:
     """The new segments are as warm as the old ones were together."""
     heat = sum((use for use in uses), Use()).heat / max(1, len(written))
-    if heat:
+    if heat or keep_s:
         folder = root.layout.heat(os.getuid())
         root.make_own_folder(folder)
-        reads = {str(path.relative_to(root.layout.users)): heat for path in written}
-        publish(folder / f"{secrets.token_hex(16)}.json", [heat_record(reads, time.time())], gid=root.policy.group)
+        names = [str(path.relative_to(root.layout.users)) for path in written]
+        reads, keeps = dict.fromkeys(names, heat) if heat else {}, dict.fromkeys(names, keep_s) if keep_s else {}
+        record = heat_record(reads, time.time(), keeps)
+        publish(folder / f"{secrets.token_hex(16)}.json", [record], gid=root.policy.group)

@@ -5,8 +5,13 @@ from __future__ import annotations
 from typing import Literal
 
 from hpckv.errors import ConfigError
-from hpckv.quantity import ByteSize
+from hpckv.quantity import ByteSize, parse_duration
 from hpckv.schema import Config
+from hpckv.store.policy import Bridging
+
+PINNED_S = 2**32 - 1
+"""Seconds that stand for ever."""
+_CLASSES = {"default": 0, "pinned": PINNED_S}
 
 
 class StoreConfig(Config, frozen=True):
@@ -25,17 +30,38 @@ class StoreConfig(Config, frozen=True):
     """Look prefixes up in the store."""
     write: Literal["all", "planned", "off"] = "planned"
     """Which computed blocks are kept: every full one, those that the plan or a second use says will be wanted again, none."""
+    bridging: Bridging = "exact"
+    """Use blocks that the same model left in another dtype, converted: `off`; `exact`, where every value stays what it is
+    (bfloat16 to float16 and float32, float16 to float32); `any`, also where values are rounded. The store may allow less.
+    What was bridged is counted apart and declared in provenance.json."""
     segment_size: ByteSize = ByteSize(128 * 1024**2)
     """A segment is sealed when it holds so many bytes of blocks (or at the end, or after `seal_s`)."""
     seal_s: float = 60.0
     """Longest time a computed block waits in an open segment, seconds."""
+    keep: str = "default"
+    """How long what this run stores is kept after its last use: a duration such as `5min`, `1h`, `7d`, after which it is
+    deleted; `pinned`, until it is purged; `default`, as the store's keep_days and quota say."""
+    private: bool = False
+    """Keep this run's blocks to yourself: their folder is yours alone (0700), their keys are salted with a secret of yours,
+    and nobody else's blocks are read."""
     deadline_s: float = 10.0
     """Longest time a request waits for stored blocks before they are computed instead, seconds."""
 
     def __post_init__(self) -> None:
         if not self.seal_s > 0:
             raise ConfigError(f"store.seal_s: {self.seal_s} is not above 0")
+        self.keep_s  # noqa: B018 - refuses what is no duration
         if not self.deadline_s > 0:
             raise ConfigError(f"store.deadline_s: {self.deadline_s} is not above 0")
         if self.segment_size < 1:
             raise ConfigError(f"store.segment_size: {self.segment_size} is not above 0")
+
+    @property
+    def keep_s(self) -> int:
+        """`keep` as segments carry it; raises `ConfigError`."""
+        if self.keep in _CLASSES:
+            return _CLASSES[self.keep]
+        seconds = int(parse_duration(self.keep))
+        if not 0 < seconds < PINNED_S:
+            raise ConfigError(f"store.keep: {self.keep} is not above 0")
+        return seconds

@@ -11,11 +11,18 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 Item = TypeVar("Item")
-Loaded = tuple[str, memoryview]
-"""The tier a block came from, and its verified bytes."""
+
+
+class Loaded(NamedTuple):
+    """A verified block, and where it came from."""
+
+    tier: str
+    payload: memoryview
+    is_bridged: bool = False
+    """It was converted from another dtype."""
 
 
 class DaemonPool:

@@ -73,6 +73,7 @@ class FileTier(Tier):
         self._lock = threading.Lock()
         self._collector = root and Collector(root, is_pinned=self._is_pinned, on_deleted=self._forget)
         self._reads: Counter[Path] = Counter()
+        self._keep_s, self._unlogged_keeps = keep_s, dict[Path, int]()
         self._heat_folder = root and own and root.layout.heat(os.getuid())
         self._next_heat = time.monotonic() + _HEAT_EVERY_S
         self._root = root
@@ -167,6 +168,8 @@ class FileTier(Tier):
     def _on_sealed(self, path: Path, keys: np.ndarray, num_bytes: int) -> None:
         self.catalog.add(path, keys, self.geometry.box)
         self.stats.written_bytes += num_bytes
+        if self._keep_s:
+            self._unlogged_keeps[path] = self._keep_s
         if self._budget is not None and (excess := self._own_bytes() - self._budget) > 0:
             self.evict(excess)
 
@@ -235,7 +238,7 @@ class FileTier(Tier):
 
     def _is_pinned(self, path: Path) -> bool:
         with self._lock:
-            return bool(self._pins[path])
+            return bool(self._pins[path]) or path in self._unlogged_keeps
 
     def _forget(self, path: Path) -> None:
         self.catalog.forget(path)
@@ -245,10 +248,12 @@ class FileTier(Tier):
         """Tell collectors what was read since the last time."""
         with self._lock:
             reads, self._reads = self._reads, Counter()
-        if reads and self._heat_folder and self._root:
+            keeps, self._unlogged_keeps = self._unlogged_keeps, {}
+        if (reads or keeps) and self._heat_folder and self._root:
             self._root.make_own_folder(self._heat_folder)
             users = self._root.layout.users
-            record = heat_record({str(path.relative_to(users)): n for path, n in reads.items()}, time.time())
+            named = [{str(path.relative_to(users)): n for path, n in counts.items()} for counts in (reads, keeps)]
+            record = heat_record(named[0], time.time(), named[1])
             publish(self._heat_folder / f"{secrets.token_hex(16)}.json", [record], gid=self._root.policy.group)
 
     def _refresh_loop(self) -> None:

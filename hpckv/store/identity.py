@@ -91,6 +91,8 @@ class Identity:
     """`config.json`, every field kept."""
     quantization: str = "none"
     adapter: str = "none"
+    salt: str = ""
+    """Of a private run: a secret of its user, so that keys and names tell others nothing."""
 
     @property
     def record(self) -> dict[str, Any]:
@@ -100,6 +102,7 @@ class Identity:
             "config": {k: v for k, v in self.config.items() if k not in _NAMES_ONLY},
             "quantization": self.quantization,
             "adapter": self.adapter,
+            **({"salt": self.salt} if self.salt else {}),
         }
 
     @property

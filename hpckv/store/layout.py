@@ -40,6 +40,10 @@ class StoreLayout:
     def indexes(self, uid: int, namespace: str) -> Path:
         return self.user(uid) / "idx" / namespace
 
+    def salt(self, uid: int) -> Path:
+        """The secret of a user's private runs."""
+        return self.user(uid) / "private.salt"
+
     def heat(self, uid: int) -> Path:
         return self.user(uid) / "heat"
 

@@ -10,6 +10,9 @@ from hpckv.errors import ConfigError
 from hpckv.quantity import ByteSize
 from hpckv.schema import Config, to_plain
 
+Bridging = Literal["off", "exact", "any"]
+"""Which other dtypes' blocks may be converted and used: none, those whose values stay what they are, all."""
+
 FORMAT = "hpckv store"
 FORMAT_VERSION = 1
 
@@ -50,6 +53,10 @@ class StorePolicy(Config, frozen=True):
     """Segments unused for so long are collected first of all."""
     trust: Literal["project", "self"] = "project"
     """Whose segments a member reads: everybody's with a folder of their own, or only one's own."""
+    distrusted: tuple[int, ...] = ()
+    """uids whose segments nobody reads any more."""
+    bridging: Bridging = "exact"
+    """The most that a run's `store.bridging` may ask for."""
 
     @classmethod
     def new(cls, **settings: Any) -> StorePolicy:

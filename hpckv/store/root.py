@@ -13,6 +13,7 @@ import secrets
 import stat
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import msgspec
 
@@ -102,35 +103,60 @@ class StoreRoot:
             raise StoreError(f"{path}: damaged or not the store owner's")
         return key
 
+    def distrust(self, uid: int, *, is_trusted: bool = False) -> StoreRoot:
+        """Let nobody read a user's segments from now on, or everybody again. Owner only; raises `AccessError`."""
+        listed = {*self.policy.distrusted, uid} - ({uid} if is_trusted else set())
+        return self._set_policy("decides whom to trust", distrusted=tuple(sorted(listed)))
+
+    def _set_policy(self, what: str, **changes: Any) -> StoreRoot:
+        policy = msgspec.structs.replace(self.policy, **changes)
+        try:
+            publish(self.layout.marker, [policy.to_json()], mode=0o640, gid=self.policy.group)
+        except OSError as error:
+            raise AccessError(f"store {self.layout.root}: {error.strerror}; only its owner {what}") from None
+        return StoreRoot.open(self.layout.root)
+
     def rotate(self) -> StoreRoot:
         """Begin a new key epoch: nothing stored so far is found by runs that start from now on. Owner only.
 
         Raises `AccessError`.
         """
         epoch = self.policy.epoch + 1
-        policy = msgspec.structs.replace(self.policy, epoch=epoch)
         try:
             _publish_once(self.layout.key(epoch), secrets.token_bytes(EPOCH_KEY_BYTES), self.policy.group)
-            publish(self.layout.marker, [policy.to_json()], mode=0o640, gid=self.policy.group)
         except OSError as error:
             raise AccessError(f"store {self.layout.root}: {error.strerror}; only its owner rotates the key") from None
-        return StoreRoot.open(self.layout.root)
+        return self._set_policy("rotates the key", epoch=epoch)
 
     def trusted_uids(self) -> frozenset[int] | None:
         """Whose segments are read; None: everybody's who has a folder of their own."""
         return frozenset({os.getuid()}) if self.policy.trust == "self" else None
 
-    def make_own_folder(self, folder: Path) -> None:
-        """Make a folder below this user's own, readable by the project; raises `OSError`."""
+    def own_salt(self) -> str:
+        """The secret that this user's private runs salt their keys with, made on first use; raises `OSError`."""
+        path = self.layout.salt(os.getuid())
+        self.make_own_folder(path.parent)
+        with contextlib.suppress(FileExistsError):
+            publish(path, [secrets.token_bytes(EPOCH_KEY_BYTES)], mode=0o400, replace=False, gid=self.policy.group)
+        try:
+            salt, status = _read_trusted(path)
+        except UnusableFileError as error:
+            raise StoreError(f"{path}: {error}") from None
+        if len(salt) != EPOCH_KEY_BYTES or status.st_uid != os.getuid() or status.st_mode & 0o077:
+            raise StoreError(f"{path}: damaged, or not yours alone")
+        return salt.hex()
+
+    def make_own_folder(self, folder: Path, *, is_private: bool = False) -> None:
+        """Make a folder below this user's own, readable by the project or not; raises `OSError`."""
         own = self.layout.user(os.getuid())
         mode = 0o700 if self.policy.group is None else 0o2750
-        missing = []
+        missing: list[Path] = []
         while folder != own and not folder.is_dir():
             missing.append(folder)
             folder = folder.parent
         for part in (own, *reversed(missing)):
             if not part.is_dir():
-                _make_folder(part, mode, self.policy.group)
+                _make_folder(part, 0o700 if is_private and part == missing[0] else mode, self.policy.group)
         if own.lstat().st_uid != os.getuid():
             raise PermissionError(1, "belongs to somebody else", str(own))
 

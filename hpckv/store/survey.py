@@ -42,9 +42,11 @@ class Use:
     """Blocks read from it, each halved every `HALF_LIFE_S`."""
     last: float = 0.0
     """When, seconds since 1970; 0 is never."""
+    keep_s: int = 0
+    """How long its owner wants it kept after its last use, seconds; 0 leaves it to the store."""
 
     def __add__(self, other: Use) -> Use:
-        return Use(self.heat + other.heat, max(self.last, other.last))
+        return Use(self.heat + other.heat, max(self.last, other.last), max(self.keep_s, other.keep_s))
 
 
 class Survey:
@@ -83,11 +85,11 @@ class Survey:
         found = os.statvfs(self._layout.root)
         return found.f_bavail * found.f_frsize
 
-    def uses(self, now: float | None = None) -> dict[Path, Use]:
-        """Every segment's use, by all users' heat logs. What they say only orders; it is not verified."""
+    def uses(self, now: float | None = None, *, of: Iterable[StoredFile] | None = None) -> dict[Path, Use]:
+        """Every segment's use, by all users' heat logs or those given. What they say only orders; it is not verified."""
         now = time.time() if now is None else now
         found: dict[Path, Use] = {}
-        for file in self.files.values():
+        for file in self.files.values() if of is None else of:
             if file.kind != "heat":
                 continue
             for name, use in read_heat(file.path, file.uid, now):
@@ -109,9 +111,31 @@ def users(layout: StoreLayout) -> Iterator[tuple[int, Path]]:
                 yield status.st_uid, Path(entry.path)
 
 
-def heat_record(reads: Mapping[str, float], now: float) -> bytes:
-    """A heat file: blocks read of each segment, named as `UID/seg/NAMESPACE/NAME.h5`."""
-    return json.dumps({"v": 1, "time": now, "reads": reads}).encode()
+def heat_record(reads: Mapping[str, float], now: float, keeps: Mapping[str, int] | None = None) -> bytes:
+    """A heat file: blocks read of each segment until `now`, and how long own ones are to be kept, seconds.
+
+    Segments are named as `UID/seg/NAMESPACE/NAME.h5`.
+    """
+    return json.dumps({"v": 1, "time": now, "reads": reads, "keeps": keeps or {}}).encode()
+
+
+def merged_heat_record(uses: Mapping[str, Use], now: float) -> bytes:
+    """The heat file that stands for several, each segment with the time of its own last use."""
+    read = {name: use for name, use in uses.items() if use.heat}
+    return json.dumps(
+        {
+            "v": 1,
+            "time": now,
+            "reads": {name: use.heat / _aged(now - use.last) for name, use in read.items()},
+            "times": {name: use.last for name, use in read.items()},
+            "keeps": {name: use.keep_s for name, use in uses.items() if use.keep_s},
+        }
+    ).encode()
+
+
+def _aged(seconds: float) -> float:
+    """What is left of a use after so long."""
+    return float(0.5 ** (max(0.0, seconds) / HALF_LIFE_S))
 
 
 def read_heat(path: Path, uid: int, now: float) -> Iterable[tuple[str, Use]]:
@@ -120,9 +144,14 @@ def read_heat(path: Path, uid: int, now: float) -> Iterable[tuple[str, Use]]:
         fd, _ = open_trusted(path, frozenset({uid}))
         with os.fdopen(fd, "rb") as file:
             content = json.loads(file.read())
-        at = min(now, float(content["time"]))
-        age = 0.5 ** ((now - at) / HALF_LIFE_S)
-        return [(str(name), Use(float(count) * age, at)) for name, count in content["reads"].items()]
+        uses = {}
+        for name, count in content["reads"].items():
+            at = min(now, float(content.get("times", {}).get(name, content["time"])))
+            uses[str(name)] = Use(float(count) * _aged(now - at), at)
+        for name, keep_s in content.get("keeps", {}).items():
+            if name.startswith(f"{uid}/"):  # nobody decides about another's
+                uses[name] = uses.get(name, Use()) + Use(keep_s=int(keep_s))
+        return uses.items()
     except (OSError, UnusableFileError, ValueError, KeyError, TypeError, AttributeError):
         return []
 

@@ -51,7 +51,7 @@ class TierStats:
 
     hits: int = 0
     misses: Counter[str] = field(default_factory=Counter)
-    """By cause: absent, gone, io, damaged, partial (its tiles do not cover this rank's box)."""
+    """By cause: absent, gone, io, damaged, partial (its tiles do not cover this rank's box), overflow (of a bridge)."""
     stored: int = 0
     dropped: int = 0
     read_bytes: int = 0
@@ -84,8 +84,15 @@ class Tier(ABC):
     """Whether another process finds what this one put and flushed."""
     keeps_copies_only: bool = False
     """Whether it is offered only what was read from a farther tier."""
+    is_bridge: bool = False
+    """Whether its blocks are converted from another dtype, and must reach no disk."""
     geometry: BlockGeometry
     stats: TierStats
+
+    @property
+    def label(self) -> str:
+        """Under which its own counters are reported."""
+        return self.name
 
     @abstractmethod
     def present(self, keys: Sequence[bytes]) -> np.ndarray:

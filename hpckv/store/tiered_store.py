@@ -5,30 +5,16 @@ Tiers are ordered from near to far. A block loaded from a far tier is put into t
 
 from __future__ import annotations
 
-import json
 import logging
-import os
 from collections.abc import Callable, Sequence
 from functools import partial
-from pathlib import Path
 
 import numpy as np
 
-from hpckv.errors import StoreError
 from hpckv.log import warn_once
-from hpckv.store.block import ROOT_KEY, BlockGeometry, check_golden_vector
-from hpckv.store.catalog import Catalog
-from hpckv.store.config import StoreConfig
-from hpckv.store.durable import publish
+from hpckv.store.block import ROOT_KEY
 from hpckv.store.fetch import Breaker, DaemonPool, Fetch, Job, Loaded
-from hpckv.store.file_tier import FileTier
-from hpckv.store.host_tier import HostTier
-from hpckv.store.identity import Namespace
-from hpckv.store.layout import StoreLayout
-from hpckv.store.local_disk import find_local_folder
-from hpckv.store.policy import StorePolicy
-from hpckv.store.root import StoreRoot
-from hpckv.store.segment import SegmentContext, StoredBlock
+from hpckv.store.segment import StoredBlock
 from hpckv.store.tier import PutOutcome, Tier
 
 _log = logging.getLogger(__name__)
@@ -46,13 +32,14 @@ class TieredStore:
         tiers: Sequence[Tier],
         *,
         epoch_key: bytes,
+        identity: bytes = bytes(32),
         reads: bool = True,
         writes: bool = True,
         deadline_s: float = 10.0,
     ) -> None:
-        """A `fetch()` waits for no block longer than `deadline_s`."""
+        """`epoch_key` and `identity` enter the block keys. A `fetch()` waits for no block longer than `deadline_s`."""
         self.tiers = list(tiers)
-        self.epoch_key = epoch_key
+        self.epoch_key, self.identity = epoch_key, identity
         self.reads, self.writes = reads, writes
         self.breakers = [Breaker() for _ in tiers]
         self._deadline_s = deadline_s
@@ -71,7 +58,7 @@ class TieredStore:
         return int(np.argmin(found))
 
     def load(self, block: StoredBlock, on_tier: Callable[[int], None] = lambda _: None) -> Loaded | None:
-        """A verified block from the nearest tier that has it, kept in the nearer ones: that tier's name and the bytes.
+        """A verified block from the nearest tier that has it, kept in the nearer ones.
 
         None is a miss; the block's own payload is not looked at. `on_tier` hears which tier is about to be read.
         """
@@ -85,8 +72,10 @@ class TieredStore:
             if payload is not None:
                 breaker.note_success()
                 for nearer in self.tiers[:number]:
+                    if tier.is_bridge and nearer.survives_process:
+                        continue
                     nearer.put(StoredBlock(block.key, block.parent, block.position, payload), keeps_payload=True)
-                return tier.name, payload
+                return Loaded(tier.name, payload, tier.is_bridge)
         return None
 
     def fetch(self, keys: Sequence[bytes], parent: bytes = ROOT_KEY) -> Fetch:
@@ -129,87 +118,3 @@ class TieredStore:
     def close(self) -> None:
         for tier in self.tiers:
             tier.close()
-
-
-def open_store(config: StoreConfig, namespace: Namespace, geometry: BlockGeometry) -> TieredStore:
-    """Open the store of `config`; raises `StoreError` or `AccessError` if it is not usable.
-
-    Where there is none yet, a private one is made. One that can be read and not written is used for reading, said once.
-    """
-    check_golden_vector()
-    path = Path(config.shared)
-    root = StoreRoot.open(path) if StoreRoot.exists(path) else StoreRoot.create(path, StorePolicy.new())
-    context = SegmentContext(
-        namespace=namespace.digest,
-        namespace_json=json.dumps(namespace.record, sort_keys=True).encode(),
-        geometry=geometry,
-        epoch=root.policy.epoch,
-        epoch_key=root.epoch_key(),
-    )
-    shared = Catalog(root.layout, context, trusted_uids=root.trusted_uids())
-    tiers: list[Tier] = []
-    if config.host_size >= geometry.block_bytes:
-        tiers.append(HostTier(geometry, budget_bytes=config.host_size))
-    if (local := find_local_folder(config.local, path)) is not None:
-        tiers.append(_local_tier(config, local, root, context))
-    tiers.append(
-        FileTier(
-            shared,
-            context,
-            _own_folder(root, shared, namespace) if config.write != "off" else None,
-            segment_bytes=config.segment_size,
-            seal_s=config.seal_s,
-            gid=root.policy.group,
-            root=root,
-        )
-    )
-    return TieredStore(
-        tiers,
-        epoch_key=context.epoch_key,
-        reads=config.read,
-        writes=config.write != "off",
-        deadline_s=config.deadline_s,
-    )
-
-
-def _own_folder(root: StoreRoot, catalog: Catalog, namespace: Namespace) -> Path | None:
-    """Where this user's segments go; None, said once, where the store can only be read."""
-    own = catalog.own_folder(os.getuid())
-    try:
-        root.make_own_folder(own)
-        _verify_identity(own / "identity.json", namespace, root.policy.group)
-    except OSError as error:
-        warn_once(_log, f"store {own}: {error.strerror}; reading only")
-        return None
-    return own
-
-
-def _local_tier(config: StoreConfig, folder: Path, root: StoreRoot, context: SegmentContext) -> FileTier:
-    """Copies on this node's disk, shared by this user's processes here."""
-    layout = StoreLayout(folder / f"hpckv-{os.getuid()}" / root.policy.uuid)
-    catalog = Catalog(layout, context, trusted_uids=frozenset({os.getuid()}))
-    own = catalog.own_folder(os.getuid())
-    layout.root.mkdir(parents=True, mode=0o700, exist_ok=True)
-    own.mkdir(parents=True, exist_ok=True)
-    return FileTier(
-        catalog,
-        context,
-        own,
-        name="local",
-        segment_bytes=min(_LOCAL_SEGMENT_BYTES, config.segment_size),
-        seal_s=_LOCAL_SEAL_S,
-        budget_bytes=config.local_size,
-        is_durable=False,
-        keeps_copies_only=True,
-    )
-
-
-def _verify_identity(path: Path, namespace: Namespace, gid: int | None) -> None:
-    text = json.dumps(namespace.record, sort_keys=True, indent=2).encode()
-    try:
-        publish(path, [text], replace=False, gid=gid)
-    except FileExistsError:
-        if path.read_bytes() != text:
-            raise StoreError(
-                f"{path}: does not describe the model and settings of its folder's name; move the folder away"
-            ) from None

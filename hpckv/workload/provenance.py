@@ -18,10 +18,10 @@ _PACKAGES = ("torch", "numpy", "safetensors", "tokenizers", "h5py", "blake3")
 
 
 def provenance(config: RunConfig, engine: Engine) -> dict[str, Any]:
-    """For `provenance.json`."""
+    """For `provenance.json`; written when the run starts, and again with the final counts at its end."""
     return {
         "hpckv": hpckv.__version__,
-        "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "written": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "model": {
             "path": config.model.path,
             "architecture": engine.model_config.architecture,
@@ -41,7 +41,7 @@ def provenance(config: RunConfig, engine: Engine) -> dict[str, Any]:
         "topology": {"tp": config.parallel.tp, "pp": config.parallel.pp, "replicas": config.parallel.replicas},
         "numerics": config.engine.numerics,
         "seed": config.engine.seed,
-        "bridged_blocks": 0,
+        "bridged_blocks": engine.bridged_blocks,
     }
 
 

@@ -108,6 +108,8 @@ def _run_locked(
         finally:
             engine.close()
     summary.seconds = time.monotonic() - started
+    if engine.is_loaded:
+        write_file(directory / "provenance.json", json.dumps(provenance(config, engine), indent=2))
     write_file(directory / "summary.json", json.dumps(summary.record(engine, plan), indent=2))
     return _exit_code(config, options, batch, output, errors, summary)
 
@@ -281,6 +283,7 @@ class _Summary:
             record["step_seconds"] = {k: round(v, 4) for k, v in engine.times.__dict__.items()}
             record["pages"] = {"total": engine.pages.num_usable, "evicted": engine.cache.pool.num_evicted}
         if engine.store:
-            record["store"] = {tier.name: tier.stats.record for tier in engine.store.tiers}
+            record["store"] = {tier.label: tier.stats.record for tier in engine.store.tiers}
             record["load_or_recompute"] = engine.load_policy.record
+            record["bridged_blocks"] = engine.bridged_blocks
         return record

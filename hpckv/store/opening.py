@@ -1,0 +1,165 @@
+"""Opening a store for one model in one representation: which tiers there are, in which order, and what each may do."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from dataclasses import replace
+from pathlib import Path
+
+from hpckv.errors import StoreError
+from hpckv.log import warn_once
+from hpckv.store import bridge
+from hpckv.store.block import BlockGeometry, check_golden_vector
+from hpckv.store.catalog import Catalog
+from hpckv.store.config import StoreConfig
+from hpckv.store.durable import publish
+from hpckv.store.file_tier import FileTier
+from hpckv.store.host_tier import HostTier
+from hpckv.store.identity import Namespace
+from hpckv.store.layout import StoreLayout
+from hpckv.store.local_disk import find_local_folder
+from hpckv.store.policy import Bridging, StorePolicy
+from hpckv.store.root import StoreRoot
+from hpckv.store.segment import SegmentContext
+from hpckv.store.tier import Tier
+from hpckv.store.tiered_store import TieredStore
+
+_log = logging.getLogger(__name__)
+
+_LOCAL_SEGMENT_BYTES = 64 * 1024**2
+_LOCAL_SEAL_S = 5.0
+_SIBLING_REFRESH_S = 60.0
+
+
+def open_store(config: StoreConfig, namespace: Namespace, geometry: BlockGeometry) -> TieredStore:
+    """Open the store of `config`; raises `StoreError` or `AccessError` if it is not usable.
+
+    Where there is none yet, a private one is made. One that can be read and not written is used for reading, said once.
+    """
+    check_golden_vector()
+    path = Path(config.shared)
+    root = StoreRoot.open(path) if StoreRoot.exists(path) else StoreRoot.create(path, StorePolicy.new())
+    if config.private:
+        namespace = _salted(root, namespace)
+    opening = _Opening(config, root, namespace, geometry)
+    tiers: list[Tier] = []
+    if config.host_size >= geometry.block_bytes:
+        tiers.append(HostTier(geometry, budget_bytes=config.host_size))
+    if (local := find_local_folder(config.local, path)) is not None:
+        tiers.append(opening.local_tier(local))
+    tiers += [opening.shared_tier(), *opening.bridges()]
+    return TieredStore(
+        tiers,
+        epoch_key=opening.context.epoch_key,
+        identity=namespace.identity.digest,
+        reads=config.read,
+        writes=config.write != "off",
+        deadline_s=config.deadline_s,
+    )
+
+
+class _Opening:
+    """What the tiers of one store have in common."""
+
+    def __init__(self, config: StoreConfig, root: StoreRoot, namespace: Namespace, geometry: BlockGeometry) -> None:
+        self.config, self.root, self.namespace = config, root, namespace
+        self.context = self._context(namespace, geometry)
+
+    def shared_tier(self) -> FileTier:
+        catalog = self._catalog(self.context)
+        return FileTier(
+            catalog,
+            self.context,
+            self._own_folder(catalog) if self.config.write != "off" else None,
+            segment_bytes=self.config.segment_size,
+            seal_s=self.config.seal_s,
+            keep_s=self.config.keep_s,
+            gid=self.root.policy.group,
+            root=self.root,
+        )
+
+    def local_tier(self, folder: Path) -> FileTier:
+        """Copies on this node's disk, shared by this user's processes here."""
+        layout = StoreLayout(folder / f"hpckv-{os.getuid()}" / self.root.policy.uuid)
+        catalog = Catalog(layout, self.context, trusted_uids=frozenset({os.getuid()}))
+        own = catalog.own_folder(os.getuid())
+        layout.root.mkdir(parents=True, mode=0o700, exist_ok=True)
+        own.mkdir(parents=True, exist_ok=True)
+        return FileTier(
+            catalog,
+            self.context,
+            own,
+            name="local",
+            segment_bytes=min(_LOCAL_SEGMENT_BYTES, self.config.segment_size),
+            seal_s=_LOCAL_SEAL_S,
+            budget_bytes=self.config.local_size,
+            is_durable=False,
+            keeps_copies_only=True,
+        )
+
+    def bridges(self) -> list[Tier]:
+        """The same model's blocks in other dtypes, as far as both the run and the store allow."""
+        representation = self.namespace.representation
+        target = str(representation.get("dtype"))
+        if representation.get("numerics") == "strict":  # a converted block has other bits
+            return []
+        tiers: list[Tier] = []
+        for source in bridge.sources(target, _least(self.config.bridging, self.root.policy.bridging)):
+            namespace, geometry = bridge.sibling(self.namespace, self.context.geometry, source)
+            context = self._context(namespace, geometry)
+            tier = FileTier(self._catalog(context), context, None, refresh_s=_SIBLING_REFRESH_S)
+            tiers.append(bridge.BridgeTier(tier, self.context.geometry, source=source, target=target))
+        return tiers
+
+    def _context(self, namespace: Namespace, geometry: BlockGeometry) -> SegmentContext:
+        return SegmentContext(
+            namespace=namespace.digest,
+            namespace_json=json.dumps(namespace.record, sort_keys=True).encode(),
+            geometry=geometry,
+            epoch=self.root.policy.epoch,
+            epoch_key=self.root.epoch_key(),
+        )
+
+    def _catalog(self, context: SegmentContext) -> Catalog:
+        trusted = frozenset({os.getuid()}) if self.config.private else self.root.trusted_uids()
+        return Catalog(self.root.layout, context, trusted_uids=trusted, distrusted_uids=self.root.policy.distrusted)
+
+    def _own_folder(self, catalog: Catalog) -> Path | None:
+        """Where this user's segments go; None, said once, where the store can only be read."""
+        own = catalog.own_folder(os.getuid())
+        try:
+            self.root.make_own_folder(own, is_private=self.config.private)
+            _verify_identity(own / "identity.json", self.namespace, self.root.policy.group)
+        except OSError as error:
+            warn_once(_log, f"store {own}: {error.strerror}; reading only")
+            return None
+        return own
+
+
+def _salted(root: StoreRoot, namespace: Namespace) -> Namespace:
+    """The namespace of this user's private runs: nobody without the salt can tell its keys, nor its name."""
+    try:
+        salt = root.own_salt()
+    except OSError as error:
+        raise StoreError(
+            f"store {root.layout.root}: {error.strerror}; a private run needs a folder of its own there"
+        ) from None
+    return Namespace(replace(namespace.identity, salt=salt), namespace.representation)
+
+
+def _least(*allowed: Bridging) -> Bridging:
+    order: list[Bridging] = ["off", "exact", "any"]
+    return min(allowed, key=order.index)
+
+
+def _verify_identity(path: Path, namespace: Namespace, gid: int | None) -> None:
+    text = json.dumps(namespace.record, sort_keys=True, indent=2).encode()
+    try:
+        publish(path, [text], replace=False, gid=gid)
+    except FileExistsError:
+        if path.read_bytes() != text:
+            raise StoreError(
+                f"{path}: does not describe the model and settings of its folder's name; move the folder away"
+            ) from None
