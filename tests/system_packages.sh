@@ -2,7 +2,7 @@
 # Programs that the tests use as oracles and that pip does not have. Installs what is missing where it may, and names it where not.
 set -eu
 missing=
-for pair in h5dump:hdf5-tools h5ls:hdf5-tools; do
+for pair in h5dump:hdf5-tools h5ls:hdf5-tools setfacl:acl; do
     command -v "${pair%%:*}" >/dev/null || missing="$missing ${pair#*:}"
 done
 [ -z "$missing" ] && exit 0

@@ -57,11 +57,11 @@ def group_name(gid: int | None) -> str:
         return str(gid)
 
 
-def group_id(name: str) -> int:
+def group_id(name: str, flag: str = "--group") -> int:
     """Of a group's name or number; raises `ConfigError`."""
     if name.isdecimal():
         return int(name)
     try:
         return grp.getgrnam(name).gr_gid
     except KeyError:
-        raise ConfigError(f"--group {name}: no such group; `id` lists yours") from None
+        raise ConfigError(f"{flag} {name}: no such group; `id` lists yours") from None

@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from hpckv.cli.show import group_id, group_name, print_facts, progress, user_name
+from hpckv.cli.store_policy import distrust, rotate, share
 from hpckv.cli.store_warm import warm
 from hpckv.errors import AccessError, ConfigError, StoreError
 from hpckv.quantity import ByteSize, format_bytes
@@ -24,7 +25,8 @@ Folder = Annotated[Path, typer.Argument(metavar="DIR", help="The store.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Machine-readable.")]
 EXIT_FOUND = 3
 
-store_app.command()(warm)
+for _verb in (warm, share, distrust, rotate):
+    store_app.command()(_verb)
 
 
 @store_app.callback()
@@ -44,6 +46,9 @@ def init(
     free: Annotated[str, typer.Option(help="Write nothing while the filesystem has less free.")] = "0",
     keep_days: Annotated[float, typer.Option(help="Unused for longer goes first.")] = 30.0,
     trust: Annotated[str, typer.Option(help="project: read every member's blocks; self: only your own.")] = "project",
+    bridging: Annotated[
+        str, typer.Option(help="Blocks of other dtypes that runs may convert and use: off, exact or any.")
+    ] = "exact",
     as_json: AsJson = False,
 ) -> None:
     """Make a store for a project, and check that the filesystem and the group really give what sharing needs.
@@ -58,12 +63,15 @@ def init(
         raise StoreError(f"store {path}: there is one already; see: hpckv store info {path}")
     if trust not in ("project", "self"):
         raise ConfigError(f"--trust {trust}: expected project or self")
+    if bridging not in ("off", "exact", "any"):
+        raise ConfigError(f"--bridging {bridging}: expected off, exact or any")
     limits = {"bytes": quota, "files": files, "user_bytes": user_quota, "user_files": user_files, "free": free}
     policy = StorePolicy.new(
         group=group_id(group) if group else None,
         quota=convert({name: value for name, value in limits.items() if value is not None}, Quota, "quota"),
         keep_days=keep_days,
         trust=trust,
+        bridging=bridging,
     )
     root = StoreRoot.create(path, policy)
     root.make_own_folder(root.layout.user(os.getuid()))  # proves that a member can
@@ -116,6 +124,8 @@ def info(path: Folder, *, as_json: AsJson = False) -> None:
             "users": ", ".join(map(user_name, used["users"])) or "none yet",
             "kept unused": f"{root.policy.keep_days:g} days",
             "trust": root.policy.trust,
+            "not trusted": ", ".join(map(user_name, root.policy.distrusted)) or "nobody",
+            "bridging": root.policy.bridging,
         }
     )
     for warning in record["warnings"]:
@@ -307,16 +317,6 @@ def purge(
     else:
         hint = "erased" if yes else "would be erased; add --yes to do it"
         typer.echo(f"{record['files']} files, {format_bytes(record['bytes'])} {hint}")
-
-
-@store_app.command()
-def rotate(path: Folder) -> None:
-    """Begin a new key epoch: runs that start from now on find nothing that was stored before. Owner only.
-
-    Example: hpckv store rotate /lustre/proj/kv
-    """
-    root, _ = _open(path)
-    typer.echo(f"{path}: key epoch {root.rotate().policy.epoch}; what earlier epochs stored goes with its last use")
 
 
 def _open(path: Path) -> tuple[Any, Any]:

@@ -28,6 +28,9 @@ def warm(
         str | None,
         typer.Option("--input", metavar="FILE", help="Prefixes as batch lines, instead of the run file's input."),
     ] = None,
+    keep: Annotated[
+        str | None, typer.Option(help="How long after their last use: like 7d, or pinned, until they are purged.")
+    ] = None,
     sets: Annotated[list[str] | None, typer.Option("--set", metavar="A.B=C", help="Override one setting.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Machine-readable.")] = False,
 ) -> None:
@@ -45,7 +48,9 @@ def warm(
     if lines.bad:
         raise ConfigError(f"{config.input}:{lines.bad[0].number}: {lines.bad[0].reason}")
     given = msgspec.structs.asdict(config.store) if config.store else {}
-    store = StoreConfig(**{**given, "shared": str(path), "write": "all", "read": True})
+    store = StoreConfig(
+        **{**given, "shared": str(path), "write": "all", "read": True, **({"keep": keep} if keep else {})}
+    )
     prompts = [line.prompt for line in lines.lines]
     with Engine(config.model, store=store, cache=config.cache, engine=config.engine) as engine:
         with progress("prefixes", len(prompts)) as step:

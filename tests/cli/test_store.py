@@ -90,3 +90,22 @@ def test_a_wrong_call_is_one_line_and_a_code(tmp_path, arguments, code, words):
     assert words in result.stderr
     assert "Traceback" not in result.stderr
     assert result.stderr.startswith(("hpckv: ", "Usage"))
+
+
+def test_policy_verbs_say_what_they_did_in_one_line(tmp_path):
+    store = tmp_path / "kv"
+    done("init", store, "--bridging", "off")
+    assert json.loads(done("info", store, "--json").stdout)["bridging"] == "off"
+    assert "not trusted" in done("distrust", store, "4711").stdout
+    assert json.loads(done("info", store, "--json").stdout)["distrusted"] == [4711]
+    assert "nobody" in done("distrust", store, "4711", "--undo").stdout
+    assert "no such user" in done("distrust", store, "no-such-user", code=64).stderr
+    assert "no such group" in done("share", store, "--with", "no-such-group", code=64).stderr
+    done("init", tmp_path / "other", "--bridging", "perhaps", code=64)
+
+
+def test_bench_identity_is_as_it_must_be():
+    result = hpckv("bench", "identity", "--json")
+    assert result.returncode == 0, result.stderr
+    rows = json.loads(result.stdout)
+    assert all(row["expected"] == row["found"] for row in rows)

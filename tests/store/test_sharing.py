@@ -8,48 +8,11 @@ from pathlib import Path
 import pytest
 
 from hpckv.errors import AccessError, StoreError
-from hpckv.quantity import ByteSize
-from hpckv.store import Identity, Namespace, StoreConfig, open_store
-from hpckv.store.policy import StorePolicy
 from hpckv.store.root import StoreRoot
-from hpckv.testing.tier_suite import GEOMETRY, make_block
+from tests.store.shared_store import get, policy, put
 from tests.store.users import MEMBER, OTHER, OWNER, PROJECT, STRANGER, as_user, reachable
 
 pytestmark = pytest.mark.root
-
-NAMESPACE = Namespace(Identity(weights="w", config={"a": 1}), {"dtype": "bfloat16"})
-
-
-def policy(**changes) -> StorePolicy:
-    return StorePolicy.new(**{"group": PROJECT, **changes})
-
-
-@pytest.fixture
-def store(tmp_path_factory) -> Path:
-    """A store of OWNER's for PROJECT."""
-    folder = reachable(tmp_path_factory.mktemp("shared"))
-    os.chown(folder, OWNER, PROJECT)
-    as_user(OWNER, lambda: StoreRoot.create(folder / "kv", policy()) and None)
-    return folder / "kv"
-
-
-def put(store: Path, numbers) -> list[str]:
-    tiers = open_store(StoreConfig(shared=str(store), write="all"), NAMESPACE, GEOMETRY)
-    for number in numbers:
-        tiers.save(make_block(number))
-    tiers.close()
-    return [str(p) for p in store.glob(f"u/{os.getuid()}/seg/*/*.h5")]
-
-
-def get(store: Path, numbers) -> list[bool]:
-    tiers = open_store(StoreConfig(shared=str(store), write="off", host_size=ByteSize(0)), NAMESPACE, GEOMETRY)
-    found = []
-    for number in numbers:
-        loaded = tiers.load(make_block(number))
-        assert not loaded or bytes(loaded[1]) == make_block(number).payload
-        found.append(loaded is not None)
-    tiers.close()
-    return found
 
 
 def modes(*paths: Path) -> list[str]:
