@@ -15,6 +15,7 @@ import torch
 
 from hpckv.attention import make_backend
 from hpckv.device import Capability, choose_dtype, probe
+from hpckv.engine.audit import StepAudit
 from hpckv.engine.config import EngineConfig
 from hpckv.engine.request import Answer, Request, RequestState, RunningSequence, SamplingParams, seed_of
 from hpckv.engine.runner import Runner
@@ -57,6 +58,7 @@ class _Loaded:
     runner: Runner
     cache: CacheManager
     scheduler: Scheduler
+    audit: StepAudit | None
 
 
 class Engine:
@@ -130,7 +132,10 @@ class Engine:
             reuse=self.cache_config.reuse,
         )
         runner = Runner(decoder, pool, numerics=self.config.numerics)
-        self._loaded = _Loaded(runner, cache, Scheduler(self.config, cache))
+        scheduler = Scheduler(self.config, cache)
+        auditor = self.store.auditor if self.store else None
+        audit = StepAudit(auditor, self.store, pool, scheduler) if self.store and auditor else None
+        self._loaded = _Loaded(runner, cache, scheduler, audit)
 
     @property
     def is_loaded(self) -> bool:
@@ -198,9 +203,11 @@ class Engine:
             raise ConfigError(f"request id {request.request_id!r} is already queued")
         keys = list(request.keys) if request.keys is not None else self.keys_of(request.prompt_ids)
         state = self._states[request.request_id] = RequestState(request)
+        auditor = self.store.auditor if self.store else None
         for index in range(request.params.n):
             seq = RunningSequence(request, index, list(keys), seed_of(request, index, self.config.seed))
             state.sequences.append(seq)
+            seq.is_audit = index == 0 and auditor is not None and auditor.wants(request.request_id)
             self.cache.expect(keys)
             self.scheduler.add(seq)
 
@@ -217,6 +224,9 @@ class Engine:
     def step(self) -> list[Answer]:
         """Compute one step; the answers it finished."""
         start, waited = time.perf_counter(), self.times.load_s
+        audit = self._loaded.audit if self._loaded else None
+        for seq in audit.restart_if_needed() if audit else ():
+            self._streams.pop(seq, None)
         plan = self.scheduler.next_step()
         while not plan.chunks and (loading := self.scheduler.loading):
             self._wait_for_load(loading)
@@ -232,6 +242,8 @@ class Engine:
             ) from None
         computed = time.perf_counter()
         self.scheduler.complete(plan)
+        if audit:
+            audit.note_step(plan)
         answers = self._append_sampled(plan, logits)
         if (
             prompt_tokens := sum(chunk.num_tokens for chunk in plan.chunks if chunk.num_tokens > 1)

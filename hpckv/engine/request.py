@@ -126,6 +126,7 @@ class RunningSequence(CachedSequence):
 
     def __init__(self, request: Request, index: int, keys: list[bytes], seed: int) -> None:
         super().__init__(list(request.prompt_ids), keys)
+        self._num_prompt_keys = len(keys)
         self.request = request
         self.index = index
         self.seed = seed
@@ -137,6 +138,12 @@ class RunningSequence(CachedSequence):
         self.logprobs: list[TokenLogprob] = []
         self.text = ""
         self.finish_reason: str | None = None
+
+    def begin_again(self) -> None:
+        """Forget everything that was generated."""
+        del self.tokens[self.num_prompt_tokens :]
+        del self.keys[self._num_prompt_keys :]
+        self.logprobs, self.text = [], ""
 
     @property
     def params(self) -> SamplingParams:

@@ -144,6 +144,16 @@ class Scheduler:
             self._give_up_uses(seq)
         return dropped
 
+    def restart_all(self) -> list[RunningSequence]:
+        """Nothing that is cached may be used any more: take every running sequence's pages, to compute all of it again."""
+        restarted = list(self.running)
+        for seq in restarted:
+            self._preempt(seq)
+        for seq in self._loading:
+            self.cache.give_up(seq)
+        self.cache.disown()
+        return restarted
+
     def _give_up_uses(self, seq: RunningSequence) -> None:
         self.cache.give_up(seq)
         if not seq.was_admitted:

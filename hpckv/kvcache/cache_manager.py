@@ -122,12 +122,12 @@ class CacheManager:
         its logits. Only blocks that are verified and in memory count as found.
         """
         assert not seq.pages
-        found = self._on_device(seq.keys)
+        found = [] if seq.is_audit else self._on_device(seq.keys)
         stored = self._from_store(seq, len(found), may_fetch)
         if isinstance(stored, (Admission, bytes)):
             return stored
         awaited = reached = len(found) + len(stored)
-        while self._reuse and awaited < len(seq.keys) and seq.keys[awaited] in self._computing:
+        while self._reuse and not seq.is_audit and awaited < len(seq.keys) and seq.keys[awaited] in self._computing:
             awaited += 1
         if awaited > reached:
             self.stats.holds += 1
@@ -164,7 +164,7 @@ class CacheManager:
 
     def _from_store(self, seq: CachedSequence, first: int, may_fetch: bool) -> list[Loaded] | Admission | bytes:
         """Blocks from number `first` on that the store gave; or what to wait for."""
-        if self._connector is None or not self._reuse:
+        if self._connector is None or not self._reuse or seq.is_audit:
             return []
         if seq.fetch is not None and seq.fetch_first > first:  # what came before it was evicted meanwhile
             self._end_fetch(seq)
@@ -200,6 +200,10 @@ class CacheManager:
     def give_up(self, seq: CachedSequence) -> None:
         """A sequence that is not admitted will not come again."""
         self._end_fetch(seq)
+
+    def disown(self) -> None:
+        """Nothing that is on the device now is matched any more; running sequences keep their pages."""
+        self.pool.disown()
 
     def take_arrived(self) -> list[bytes]:
         """Keys that nobody is fetching any more: those who waited for them may ask again."""

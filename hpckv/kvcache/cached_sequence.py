@@ -29,6 +29,8 @@ class CachedSequence:
         self.fetch: Fetch | None = None
         """Stored blocks on their way, from number `fetch_first` on."""
         self.fetch_first = 0
+        self.is_audit = False
+        """It computes everything itself, to compare the store with."""
         self.skips_store = False
         """It is faster to compute than to load what the store has of it."""
 

@@ -97,6 +97,15 @@ class PagePool:
         self._page_of[key] = page
         return True
 
+    def disown(self) -> None:
+        """Let nobody match any block that is there now: some of them were found to be wrong."""
+        for page in (*self._unwanted, *self._wanted):
+            self._free.append(page)
+        self._unwanted.clear()
+        self._wanted.clear()
+        self._key = [None] * self.num_pages
+        self._page_of.clear()
+
     def recheck(self, key: bytes) -> None:
         """The block's being wanted may have changed."""
         page = self._page_of.get(key)

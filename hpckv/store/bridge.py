@@ -36,12 +36,16 @@ def sibling(namespace: Namespace, geometry: BlockGeometry, dtype: str) -> tuple[
     return Namespace(namespace.identity, representation), replace(geometry, item_bytes=_ITEM_BYTES[dtype])
 
 
+def to_float32(payload: memoryview, dtype: str) -> np.ndarray:
+    """The values of a block in `dtype`: (n,) float32."""
+    if dtype == "bfloat16":
+        return (np.frombuffer(payload, "<u2").astype("<u4") << 16).view("<f4")
+    return np.frombuffer(payload, "<f4" if dtype == "float32" else "<f2").astype("<f4", copy=False)
+
+
 def convert(payload: memoryview, source: str, target: str) -> memoryview | None:
     """The same values in another dtype, rounded to nearest even; None if one of them does not fit or is not finite."""
-    if source == "bfloat16":
-        values = (np.frombuffer(payload, "<u2").astype("<u4") << 16).view("<f4")
-    else:
-        values = np.frombuffer(payload, "<f4" if source == "float32" else "<f2").astype("<f4", copy=False)
+    values = to_float32(payload, source)
     with np.errstate(over="ignore"):
         if target == "bfloat16":
             bits = values.view("<u4")

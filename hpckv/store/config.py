@@ -44,6 +44,9 @@ class StoreConfig(Config, frozen=True):
     private: bool = False
     """Keep this run's blocks to yourself: their folder is yours alone (0700), their keys are salted with a secret of yours,
     and nobody else's blocks are read."""
+    audit: float = 0.001
+    """Share of the requests that compute their whole prefix themselves, to compare what other users stored of it. A writer
+    whose blocks do not agree is not read any more. Only in a store that a group shares."""
     deadline_s: float = 10.0
     """Longest time a request waits for stored blocks before they are computed instead, seconds."""
 
@@ -51,6 +54,8 @@ class StoreConfig(Config, frozen=True):
         if not self.seal_s > 0:
             raise ConfigError(f"store.seal_s: {self.seal_s} is not above 0")
         self.keep_s  # noqa: B018 - refuses what is no duration
+        if not 0 <= self.audit <= 1:
+            raise ConfigError(f"store.audit: {self.audit} is not between 0 and 1")
         if not self.deadline_s > 0:
             raise ConfigError(f"store.deadline_s: {self.deadline_s} is not above 0")
         if self.segment_size < 1:

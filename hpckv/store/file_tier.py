@@ -111,15 +111,22 @@ class FileTier(Tier):
             into = memoryview(block.payload).cast("B")
         else:
             into = memoryview(np.empty(self.geometry.block_bytes, np.uint8).data)
-            cause = self._read(key, into)
+            cause, _ = self._read(key, into)
             if cause:
                 self.stats.count_miss(cause)
                 return None
         self.stats.count_hit(self.geometry.block_bytes, time.perf_counter() - start)
         return into
 
-    def _read(self, key: bytes, into: memoryview) -> str | None:
-        """Fill the buffer from one segment or several; None, or why not."""
+    def read_signed(self, key: bytes) -> tuple[memoryview, frozenset[int]] | None:
+        """A published block and the uids of those who wrote it; None if it is not there. Not counted."""
+        into = memoryview(np.empty(self.geometry.block_bytes, np.uint8).data)
+        cause, paths = self._read(key, into)
+        return None if cause else (into, frozenset().union(*map(self.catalog.trusted_owner, paths)))
+
+    def _read(self, key: bytes, into: memoryview) -> tuple[str, list[Path]]:
+        """Fill the buffer from one segment or several: empty, or why not, and the segments."""
+        used: list[Path] = []
         missing = {(h, n) for h in range(*self.geometry.box[:2]) for n in range(*self.geometry.box[2:])}
         causes = []
         for path, row in self.catalog.places(key):
@@ -133,6 +140,7 @@ class FileTier(Tier):
                         missing -= segment.read(row, into, self.geometry)
                         with self._lock:
                             self._reads[path] += 1
+                        used.append(path)
                         causes.append("partial")
                     break
                 except (UnusableFileError, OSError, IndexError) as error:
@@ -141,8 +149,8 @@ class FileTier(Tier):
                         causes.append(self._explain(path, error))
                         break
             if not missing:
-                return None
-        return causes[-1] if causes else "absent"
+                return "", used
+        return (causes[-1] if causes else "absent"), used
 
     def _explain(self, path: Path, error: Exception) -> str:
         """Give the segment up; what its trouble is counted as."""

@@ -44,6 +44,10 @@ class StoreLayout:
         """The secret of a user's private runs."""
         return self.user(uid) / "private.salt"
 
+    def audits(self, uid: int) -> Path:
+        """What a user's audits found of others' blocks."""
+        return self.user(uid) / "audit"
+
     def heat(self, uid: int) -> Path:
         return self.user(uid) / "heat"
 

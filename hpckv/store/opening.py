@@ -11,6 +11,7 @@ from pathlib import Path
 from hpckv.errors import StoreError
 from hpckv.log import warn_once
 from hpckv.store import bridge
+from hpckv.store.audit import Auditor
 from hpckv.store.block import BlockGeometry, check_golden_vector
 from hpckv.store.catalog import Catalog
 from hpckv.store.config import StoreConfig
@@ -49,7 +50,8 @@ def open_store(config: StoreConfig, namespace: Namespace, geometry: BlockGeometr
         tiers.append(HostTier(geometry, budget_bytes=config.host_size))
     if (local := find_local_folder(config.local, path)) is not None:
         tiers.append(opening.local_tier(local))
-    tiers += [opening.shared_tier(), *opening.bridges()]
+    shared = opening.shared_tier()
+    tiers += [shared, *opening.bridges()]
     return TieredStore(
         tiers,
         epoch_key=opening.context.epoch_key,
@@ -57,6 +59,7 @@ def open_store(config: StoreConfig, namespace: Namespace, geometry: BlockGeometr
         reads=config.read,
         writes=config.write != "off",
         deadline_s=config.deadline_s,
+        auditor=opening.auditor(shared),
     )
 
 
@@ -112,6 +115,15 @@ class _Opening:
             tier = FileTier(self._catalog(context), context, None, refresh_s=_SIBLING_REFRESH_S)
             tiers.append(bridge.BridgeTier(tier, self.context.geometry, source=source, target=target))
         return tiers
+
+    def auditor(self, shared: FileTier) -> Auditor | None:
+        """Where others' blocks are read."""
+        representation = self.namespace.representation
+        if self.root.policy.group is None or self.config.private or not (self.config.audit and self.config.read):
+            return None
+        is_strict = representation.get("numerics") == "strict"
+        dtype = str(representation.get("dtype"))
+        return Auditor(shared, self.root, share=self.config.audit, dtype=dtype, is_strict=is_strict)
 
     def _context(self, namespace: Namespace, geometry: BlockGeometry) -> SegmentContext:
         return SegmentContext(

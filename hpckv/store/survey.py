@@ -25,7 +25,7 @@ class StoredFile:
     path: Path
     uid: int
     kind: str
-    """`segment`, `index`, `heat`, `identity` or `temporary`."""
+    """`segment`, `index`, `heat`, `audit`, `identity`, `salt`, `temporary` or `other`."""
     num_bytes: int
     written_at: float
 
@@ -168,6 +168,6 @@ def _walk(folder: Path) -> Iterator[Path]:
 def _kind(path: Path) -> str:
     if path.name.startswith(".tmp-"):
         return "temporary"
-    return {".h5": "segment", ".idx": "index", ".json": "identity" if path.stem == "identity" else "heat"}.get(
-        path.suffix, "other"
-    )
+    if path.suffix == ".json":
+        return "identity" if path.stem == "identity" else "audit" if path.parent.name == "audit" else "heat"
+    return {".h5": "segment", ".idx": "index", ".salt": "salt"}.get(path.suffix, "other")

@@ -12,6 +12,7 @@ from functools import partial
 import numpy as np
 
 from hpckv.log import warn_once
+from hpckv.store.audit import Auditor
 from hpckv.store.block import ROOT_KEY
 from hpckv.store.fetch import Breaker, DaemonPool, Fetch, Job, Loaded
 from hpckv.store.segment import StoredBlock
@@ -36,11 +37,13 @@ class TieredStore:
         reads: bool = True,
         writes: bool = True,
         deadline_s: float = 10.0,
+        auditor: Auditor | None = None,
     ) -> None:
         """`epoch_key` and `identity` enter the block keys. A `fetch()` waits for no block longer than `deadline_s`."""
         self.tiers = list(tiers)
         self.epoch_key, self.identity = epoch_key, identity
         self.reads, self.writes = reads, writes
+        self.auditor = auditor
         self.breakers = [Breaker() for _ in tiers]
         self._deadline_s = deadline_s
         self._pool = DaemonPool(_READERS, "hpckv-read")
@@ -111,10 +114,18 @@ class TieredStore:
         outcomes = [tier.put(block) for tier in self.tiers if not tier.keeps_copies_only]
         return any(outcome is not PutOutcome.DROPPED for outcome in outcomes)
 
+    def forget_copies(self) -> None:
+        """Drop what nearer tiers hold of farther ones: some of it was found to be wrong."""
+        for tier in self.tiers:
+            if tier.keeps_copies_only or not tier.survives_process:
+                tier.evict(1 << 62)
+
     def flush(self) -> None:
         for tier in self.tiers:
             tier.flush()
 
     def close(self) -> None:
+        if self.auditor:
+            self.auditor.finish(self._deadline_s)
         for tier in self.tiers:
             tier.close()

@@ -286,4 +286,5 @@ class _Summary:
             record["store"] = {tier.label: tier.stats.record for tier in engine.store.tiers}
             record["load_or_recompute"] = engine.load_policy.record
             record["bridged_blocks"] = engine.bridged_blocks
+            record["audits"] = engine.store.auditor.record if engine.store.auditor else None
         return record
