@@ -49,6 +49,12 @@ class Entries:
         places = (numbers[keep].astype("<u8") << np.uint64(32)) | (self.places[keep] & row_mask)
         return Entries(self.prefixes[keep], places)
 
+    def counts(self) -> tuple[np.ndarray, np.ndarray]:
+        """Segment numbers in ascending order, and the entries of each."""
+        counts = np.bincount(self.segments)
+        numbers = np.flatnonzero(counts)
+        return numbers, counts[numbers]
+
     @property
     def segments(self) -> np.ndarray:
         return (self.places >> np.uint64(32)).astype(np.int64)
@@ -67,6 +73,18 @@ class BlockIndex:
         self._is_alive = np.zeros(0, dtype=bool)
         self._counts: dict[int, int] = {}
 
+    @classmethod
+    def of(cls, entries: Entries) -> BlockIndex:
+        """Over arrays that somebody else keeps; they are not copied."""
+        index = cls()
+        numbers, counts = entries.counts()
+        if len(numbers):
+            index._is_alive = np.zeros(int(numbers[-1]) + 1, dtype=bool)
+            index._is_alive[numbers] = True
+            index._counts.update(zip(numbers.tolist(), counts.tolist(), strict=True))
+            index._large = entries
+        return index
+
     def __len__(self) -> int:
         """Entries of segments that are there; a block in two segments counts twice."""
         return sum(self._counts.values())
@@ -78,7 +96,7 @@ class BlockIndex:
 
     def add(self, entries: Entries) -> None:
         """Add entries of segments that were not there before."""
-        numbers, counts = np.unique(entries.segments, return_counts=True)
+        numbers, counts = entries.counts()
         if not len(numbers):
             return
         if (short := int(numbers[-1]) + 1 - len(self._is_alive)) > 0:

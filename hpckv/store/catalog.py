@@ -7,14 +7,13 @@ tables of the segments that no index covers. Whatever cannot be read is passed o
 from __future__ import annotations
 
 import contextlib
-import itertools
 import logging
 import os
 import secrets
 import stat
 import threading
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -23,11 +22,13 @@ import numpy as np
 from hpckv.log import warn_once
 from hpckv.store.block import Box
 from hpckv.store.block_index import BlockIndex, Entries
+from hpckv.store.boxes import covered, holds, overlap
 from hpckv.store.durable import publish
 from hpckv.store.fetch import for_each
 from hpckv.store.foreign_file import UnusableFileError
 from hpckv.store.index_file import IndexedSegment, IndexFile
 from hpckv.store.layout import StoreLayout
+from hpckv.store.node_index import NodeIndex, View
 from hpckv.store.segment import Segment, SegmentContext
 
 _log = logging.getLogger(__name__)
@@ -35,6 +36,7 @@ _log = logging.getLogger(__name__)
 _READERS = 8
 _TICK_NS = 2_000_000_000
 """A folder's mtime this young may stand for two changes; the folder is listed again next time."""
+_POLL_S = 0.05
 INDEX_FROM = 16
 """An owner's segments are consolidated when so many are in no index file."""
 
@@ -82,8 +84,15 @@ class Catalog:
         *,
         trusted_uids: frozenset[int] | None = None,
         distrusted_uids: Iterable[int] = (),
+        node: NodeIndex | None = None,
     ) -> None:
-        """`trusted_uids` None trusts every owner of a folder of their own, except `distrusted_uids`."""
+        """`trusted_uids` None trusts every owner of a folder of their own, except `distrusted_uids`.
+
+        With `node`, one process of the node looks for all of them.
+        """
+        self._node = node
+        self._published: dict[Path, tuple[Box, np.ndarray]] = {}
+        """Of a follower: what it added itself and the leader has not shown yet."""
         self._distrusted = set(distrusted_uids)
         self.layout, self._context, self._trusted = layout, context, trusted_uids
         self._namespace = layout.namespace_name(context.namespace, context.epoch)
@@ -96,6 +105,8 @@ class Catalog:
         self._boxes: dict[int, Box] = {}
         self._refused: set[Path] = set()
         self._next_number = 0
+        self._left: set[Path] | None = None
+        """What the node's other processes were told last."""
 
     def __len__(self) -> int:
         """Entries: a block counts once for every segment that has it or a box of it."""
@@ -123,19 +134,21 @@ class Catalog:
         """Whether segments whose boxes together cover this rank's are believed to have each block, (n,) bool; no I/O."""
         with self._lock:
             found = {box: index.present(keys) for box, index in self._indexes.items() if len(index)}
-        return _covered(self._context.geometry.box, found, len(keys))
+        return covered(self._context.geometry.box, found, len(keys))
 
     def places(self, key: bytes) -> list[tuple[Path, int]]:
         """Every (segment, row) that may hold a part of this rank's box of the block; whole ones first."""
         own = self._context.geometry.box
         with self._lock:
-            boxes = sorted((box for box in self._indexes if _overlap(box, own)), key=lambda box: not _holds(box, own))
+            boxes = sorted((box for box in self._indexes if overlap(box, own)), key=lambda box: not holds(box, own))
             places = [place for box in boxes for place in self._indexes[box].places(key)]
             return [(self._paths[number], row) for number, row in places]
 
     def add(self, path: Path, keys: np.ndarray, box: Box) -> None:
         """A segment this process has just published or read."""
         with self._lock:
+            if self._node:
+                self._published[path] = box, keys
             if path not in self._numbers:
                 self._index(box).add(Entries.of_segment(self._number(path, box), keys))
 
@@ -163,26 +176,101 @@ class Catalog:
     def refresh(self) -> None:
         """Look for what came and went since the last time."""
         with self._refreshing:
-            for uid in self._users():
-                owner = self._owners.setdefault(uid, _Owner(uid))
-                try:
-                    self._refresh_owner(owner)
-                except OSError as error:
-                    warn_once(_log, f"{self.own_folder(uid)}: {error.strerror}; its blocks are not used")
+            if self._node is None:
+                self._look()
+            elif self._node.leads():
+                self._lead(self._node)
+            else:
+                self._follow(self._node)
             self._drop_distrusted()  # those that were distrusted meanwhile
 
-    def consolidate(self, uid: int, *, at_least: int = INDEX_FROM) -> Path | None:
-        """Write an index file of all segments of `uid` (this user) if `at_least` of them are in none."""
+    def _look(self) -> None:
+        for uid in self._users():
+            owner = self._owners.setdefault(uid, _Owner(uid))
+            try:
+                self._refresh_owner(owner)
+            except OSError as error:
+                warn_once(_log, f"{self.own_folder(uid)}: {error.strerror}; its blocks are not used")
+
+    def _lead(self, node: NodeIndex) -> None:
+        """Look, and leave what is there for the node's other processes."""
+        self._look()
+        with self._lock:
+            self._published.clear()
+            known = set(self._numbers)
+            if known == self._left or not node.may_leave:
+                return
+            users = self.layout.users
+            segments = {n: (str(path.relative_to(users)), self._boxes[n]) for path, n in self._numbers.items()}
+            view = View(segments, {box: index.entries() for box, index in self._indexes.items()})
+        try:
+            node.leave(view)
+            self._left = known
+        except OSError as error:
+            warn_once(_log, f"the node's index: {error.strerror}; every process looks for itself")
+            node.close()
+            self._node = None
+
+    def _follow(self, node: NodeIndex) -> None:
+        """Take over what the leader has left; look for oneself where that cannot be read."""
+        try:
+            while True:  # the first to start are faster than the leader's first look
+                try:
+                    view = node.news()
+                    break
+                except FileNotFoundError:
+                    if node.leads():
+                        return self._lead(node)
+                    time.sleep(_POLL_S)
+        except (UnusableFileError, OSError) as error:
+            warn_once(_log, f"the node's index: {error}; looking for oneself")
+            return self._look()
+        if view is None:
+            return None
+        with self._lock:
+            self._paths = {n: self.layout.users / name for n, (name, _) in view.segments.items()}
+            self._numbers = {path: n for n, path in self._paths.items()}
+            self._boxes = {n: box for n, (_, box) in view.segments.items()}
+            self._indexes = {box: BlockIndex.of(entries) for box, entries in view.entries.items()}
+            self._next_number = max(self._paths, default=-1) + 1
+            for path in self._refused:
+                self.forget(path)
+            own, self._published = self._published, {}
+            for path, (box, keys) in own.items():
+                if path not in self._numbers:
+                    self.add(path, keys, box)
+        return None
+
+    def close(self) -> None:
+        """Let another process of the node look; idempotent."""
+        if self._node:
+            self._node.close()
+
+    def consolidate(
+        self,
+        uid: int,
+        *,
+        at_least: int = INDEX_FROM,
+        gid: int | None = None,
+        make_folder: Callable[[Path], None] = lambda folder: folder.mkdir(parents=True, exist_ok=True),
+    ) -> Path | None:
+        """Write an index file of all segments of `uid` (this user) if `at_least` of them are in none.
+
+        Of a node's processes only the one that looks does it. Raises `OSError`.
+        """
+        if self._node and not self._node.leads():
+            return None
         folder, target = self.own_folder(uid), self.layout.indexes(uid, self._namespace)
         with self._lock:
             own = [path for path in self._numbers if path.parent == folder]
             owner = self._owners.setdefault(uid, _Owner(uid))
             if len([p for p in own if p.name not in owner.covered]) < max(1, at_least):
                 return None
-            old = sorted(owner.indexes.names)
             numbers = np.array([self._numbers[path] for path in own])
             boxes = [self._boxes[number] for number in numbers.tolist()]
             entries = Entries.merge([index.entries() for index in self._indexes.values()])
+        make_folder(target)
+        old = sorted(entry.name for entry in os.scandir(target) if entry.name.endswith(".idx"))
         # Numbers of this process become numbers of the file; other users' entries are left out.
         order = np.argsort(numbers)
         at = np.searchsorted(numbers[order], entries.segments).clip(max=len(numbers) - 1)
@@ -195,9 +283,8 @@ class Catalog:
             entries=chosen,
             supersedes=[bytes.fromhex(Path(name).stem) for name in old],
         )
-        target.mkdir(parents=True, exist_ok=True)
         path = target / f"{secrets.token_hex(16)}.idx"
-        publish(path, file.build(self._context))
+        publish(path, file.build(self._context), gid=gid)
         for name in old:  # readers that hold the old listing find a file gone, and look at the segments instead
             with contextlib.suppress(OSError):
                 (target / name).unlink()
@@ -233,8 +320,11 @@ class Catalog:
         if not new:
             return
         indexes = self.layout.indexes(owner.uid, self._namespace)
-        if owner.indexes.look(indexes, ".idx"):
-            new = self._read_indexes(owner, folder, indexes, set(new))
+        try:
+            if owner.indexes.look(indexes, ".idx"):
+                new = self._read_indexes(owner, folder, indexes, set(new))
+        except OSError as error:
+            warn_once(_log, f"{indexes}: {error.strerror}; the segments are looked at instead")
         for_each(lambda name: self._read_segment(folder / name, owner.uid), new, _READERS)
 
     def _read_indexes(self, owner: _Owner, folder: Path, indexes: Path, new: set[str]) -> list[str]:
@@ -285,34 +375,3 @@ class Catalog:
         self._paths[number], self._boxes[number] = path, box
         self._next_number += 1
         return number
-
-
-def _covered(wanted: Box, found: dict[Box, np.ndarray], count: int) -> np.ndarray:
-    """Where boxes that have a block cover the wanted one; `found` says for each box which of `count` blocks it has."""
-    whole = np.zeros(count, dtype=bool)
-    for box, has in found.items():
-        if _holds(box, wanted):
-            whole |= has
-    partial = {box: has for box, has in found.items() if _overlap(box, wanted) and not _holds(box, wanted)}
-    if not partial or whole.all():
-        return whole
-    # Cells between the boxes' edges: each must be in some box that has the block.
-    covered = np.ones(count, dtype=bool)
-    for h0, h1 in _cells(wanted[:2], [box[:2] for box in partial]):
-        for l0, l1 in _cells(wanted[2:], [box[2:] for box in partial]):
-            holders = [has for box, has in partial.items() if _holds(box, (h0, h1, l0, l1))]
-            covered &= np.any(holders, axis=0) if holders else False
-    return whole | covered
-
-
-def _cells(span: tuple[int, ...], cuts: Iterable[tuple[int, ...]]) -> list[tuple[int, int]]:
-    edges = sorted({*span, *(edge for cut in cuts for edge in cut if span[0] < edge < span[1])})
-    return list(itertools.pairwise(edges))
-
-
-def _holds(box: Box, inner: Box) -> bool:
-    return box[0] <= inner[0] and inner[1] <= box[1] and box[2] <= inner[2] and inner[3] <= box[3]
-
-
-def _overlap(a: Box, b: Box) -> bool:
-    return a[0] < b[1] and b[0] < a[1] and a[2] < b[3] and b[2] < a[3]

@@ -224,15 +224,17 @@ class FileTier(Tier):
             self._writer.close()
             if self._writer.is_writing:
                 self._within(_TIDY_UP_S, self._tidy_up)
+        self.catalog.close()
         with self._lock:
             self._files.clear()
 
     def _tidy_up(self) -> None:
         try:
             self._log_heat()
-            if self._collector:
+            if self._collector and self._root:
                 self._collector.collect()
-                self.catalog.consolidate(os.getuid())
+                group, make_folder = self._root.policy.group, self._root.make_own_folder
+                self.catalog.consolidate(os.getuid(), gid=group, make_folder=make_folder)
         except OSError as error:
             warn_once(_log, f"store {self._own}: {error.strerror}; not tidied up")
 

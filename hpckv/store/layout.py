@@ -51,6 +51,10 @@ class StoreLayout:
     def heat(self, uid: int) -> Path:
         return self.user(uid) / "heat"
 
+    def node_index(self, namespace: str) -> Path:
+        """Node-local: what one process saw, for the others."""
+        return self.root / "node" / namespace
+
     @staticmethod
     def namespace_name(digest: bytes, epoch: int) -> str:
         """A namespace's folder: its full digest, and the key epoch that its block keys belong to."""

@@ -21,6 +21,7 @@ from hpckv.store.host_tier import HostTier
 from hpckv.store.identity import Namespace
 from hpckv.store.layout import StoreLayout
 from hpckv.store.local_disk import find_local_folder
+from hpckv.store.node_index import NodeIndex
 from hpckv.store.policy import Bridging, StorePolicy
 from hpckv.store.root import StoreRoot
 from hpckv.store.segment import SegmentContext
@@ -44,12 +45,13 @@ def open_store(config: StoreConfig, namespace: Namespace, geometry: BlockGeometr
     root = StoreRoot.open(path) if StoreRoot.exists(path) else StoreRoot.create(path, StorePolicy.new())
     if config.private:
         namespace = _salted(root, namespace)
-    opening = _Opening(config, root, namespace, geometry)
+    local = find_local_folder(config.local, path)
+    opening = _Opening(config, root, namespace, geometry, local)
     tiers: list[Tier] = []
     if config.host_size >= geometry.block_bytes:
         tiers.append(HostTier(geometry, budget_bytes=config.host_size))
-    if (local := find_local_folder(config.local, path)) is not None:
-        tiers.append(opening.local_tier(local))
+    if opening.local is not None:
+        tiers.append(opening.local_tier(opening.local))
     shared = opening.shared_tier()
     tiers += [shared, *opening.bridges()]
     return TieredStore(
@@ -66,8 +68,12 @@ def open_store(config: StoreConfig, namespace: Namespace, geometry: BlockGeometr
 class _Opening:
     """What the tiers of one store have in common."""
 
-    def __init__(self, config: StoreConfig, root: StoreRoot, namespace: Namespace, geometry: BlockGeometry) -> None:
+    def __init__(
+        self, config: StoreConfig, root: StoreRoot, namespace: Namespace, geometry: BlockGeometry, local: Path | None
+    ) -> None:
         self.config, self.root, self.namespace = config, root, namespace
+        self.local = None if local is None else StoreLayout(local / f"hpckv-{os.getuid()}" / root.policy.uuid)
+        """What is this user's of this store on the node's own disk."""
         self.context = self._context(namespace, geometry)
 
     def shared_tier(self) -> FileTier:
@@ -83,9 +89,8 @@ class _Opening:
             root=self.root,
         )
 
-    def local_tier(self, folder: Path) -> FileTier:
+    def local_tier(self, layout: StoreLayout) -> FileTier:
         """Copies on this node's disk, shared by this user's processes here."""
-        layout = StoreLayout(folder / f"hpckv-{os.getuid()}" / self.root.policy.uuid)
         catalog = Catalog(layout, self.context, trusted_uids=frozenset({os.getuid()}))
         own = catalog.own_folder(os.getuid())
         layout.root.mkdir(parents=True, mode=0o700, exist_ok=True)
@@ -136,7 +141,24 @@ class _Opening:
 
     def _catalog(self, context: SegmentContext) -> Catalog:
         trusted = frozenset({os.getuid()}) if self.config.private else self.root.trusted_uids()
-        return Catalog(self.root.layout, context, trusted_uids=trusted, distrusted_uids=self.root.policy.distrusted)
+        return Catalog(
+            self.root.layout,
+            context,
+            trusted_uids=trusted,
+            distrusted_uids=self.root.policy.distrusted,
+            node=self._node(context),
+        )
+
+    def _node(self, context: SegmentContext) -> NodeIndex | None:
+        """What the processes of this node share of one namespace's index."""
+        if self.local is None:
+            return None
+        folder = self.local.node_index(StoreLayout.namespace_name(context.namespace, context.epoch))
+        try:
+            return NodeIndex(folder)
+        except OSError as error:
+            warn_once(_log, f"{folder}: {error.strerror}; every process looks for itself")
+            return None
 
     def _own_folder(self, catalog: Catalog) -> Path | None:
         """Where this user's segments go; None, said once, where the store can only be read."""

@@ -161,3 +161,16 @@ def test_a_group_that_the_owner_is_not_in_is_refused(tmp_path_factory):
         return str(caught.value)
 
     assert "\n" not in as_user(STRANGER, refused)
+
+
+def test_an_index_of_many_segments_serves_the_others_too(store):
+    def many() -> None:
+        for number in range(18):  # a segment each; from 16 on they are indexed
+            put(store, [number])
+
+    as_user(MEMBER, many)
+    (index,) = store.glob(f"u/{MEMBER}/idx/*/*.idx")
+    assert modes(index.parent, index) == [f"2750 {MEMBER} {PROJECT}", f"440 {MEMBER} {PROJECT}"]
+    assert as_user(OTHER, lambda: get(store, range(19))) == [True] * 18 + [False]
+    index.parent.chmod(0o700)  # as somebody might by hand: the segments are looked at instead
+    assert as_user(OTHER, lambda: get(store, [0, 17])) == [True, True]
