@@ -23,6 +23,12 @@ class LoadPolicy:
     num_loads: int = 0
     num_recomputes: int = 0
     """Prefixes that were there and were computed again because that was estimated to be faster."""
+    recomputed_tokens: int = 0
+    """Of those."""
+    declined_load_estimate_s: float = 0.0
+    """Estimated seconds of loading what was computed again."""
+    declined_recompute_estimate_s: float = 0.0
+    """Estimated seconds of computing it."""
     load_estimate_s: float = 0.0
     """Estimated seconds of all loads that were decided on."""
     recompute_estimate_s: float = 0.0
@@ -43,6 +49,9 @@ class LoadPolicy:
         compute_s = num_tokens / self.prefill_tokens_per_s if self.prefill_tokens_per_s else load_s
         if load_s > compute_s and self._num_declined_in_a_row < _TRY_EVERY:
             self.num_recomputes += 1
+            self.recomputed_tokens += num_tokens
+            self.declined_load_estimate_s += load_s
+            self.declined_recompute_estimate_s += compute_s
             self._num_declined_in_a_row += 1
             return False
         self._num_declined_in_a_row = 0

@@ -44,6 +44,11 @@ class StoreConfig(Config, frozen=True):
     private: bool = False
     """Keep this run's blocks to yourself: their folder is yours alone (0700), their keys are salted with a secret of yours,
     and nobody else's blocks are read."""
+    read_rate: ByteSize | None = None
+    """Most bytes a second that this process reads from the shared store, where a site asks for it; what would wait for longer
+    than a second is computed instead."""
+    write_rate: ByteSize | None = None
+    """Most bytes a second that this process writes to the shared store; what it cannot keep up with is dropped."""
     audit: float = 0.001
     """Share of the requests that compute their whole prefix themselves, to compare what other users stored of it. A writer
     whose blocks do not agree is not read any more. Only in a store that a group shares."""
@@ -54,6 +59,9 @@ class StoreConfig(Config, frozen=True):
         if not self.seal_s > 0:
             raise ConfigError(f"store.seal_s: {self.seal_s} is not above 0")
         self.keep_s  # noqa: B018 - refuses what is no duration
+        for name in ("read_rate", "write_rate"):
+            if getattr(self, name) == 0:
+                raise ConfigError(f"store.{name}: 0 is not above 0; to turn it off, write store.read or store.write")
         if not 0 <= self.audit <= 1:
             raise ConfigError(f"store.audit: {self.audit} is not between 0 and 1")
         if not self.deadline_s > 0:

@@ -26,6 +26,7 @@ from hpckv.store.root import StoreRoot
 from hpckv.store.segment import Segment, SegmentContext, StoredBlock
 from hpckv.store.segment_writer import SegmentWriter
 from hpckv.store.survey import heat_record
+from hpckv.store.throttle import RateLimit
 from hpckv.store.tier import PutOutcome, Tier, TierStats
 
 _log = logging.getLogger(__name__)
@@ -57,6 +58,7 @@ class FileTier(Tier):
         is_durable: bool = True,
         keeps_copies_only: bool = False,
         root: StoreRoot | None = None,
+        write_limit: RateLimit | None = None,
     ) -> None:
         """Reads the catalogue once; raises nothing, what cannot be read is passed over.
 
@@ -77,6 +79,7 @@ class FileTier(Tier):
         self._heat_folder = root and own and root.layout.heat(os.getuid())
         self._next_heat = time.monotonic() + _HEAT_EVERY_S
         self._root = root
+        self._write_limit = write_limit
         self._writer = own and SegmentWriter(
             own,
             context,
@@ -86,7 +89,7 @@ class FileTier(Tier):
             keep_s=keep_s,
             gid=gid,
             is_durable=is_durable,
-            make_room=self._collector.make_room if self._collector else lambda num_bytes: True,
+            make_room=self._make_room,
         )
         self._within(_FIRST_LOOK_S, catalog.refresh)
         self._refresh_s = refresh_s
@@ -180,6 +183,12 @@ class FileTier(Tier):
             self._unlogged_keeps[path] = self._keep_s
         if self._budget is not None and (excess := self._own_bytes() - self._budget) > 0:
             self.evict(excess)
+
+    def _make_room(self, num_bytes: int) -> bool:
+        """Whether a file of that size may be written; waits for its turn where the rate is limited."""
+        if self._collector and not self._collector.make_room(num_bytes):
+            return False
+        return self._write_limit is None or self._write_limit.take(num_bytes)
 
     def _own_bytes(self) -> int:
         return sum(_size(path) for path in self.catalog.segments if path.parent == self._own)

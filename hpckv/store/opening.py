@@ -25,6 +25,7 @@ from hpckv.store.node_index import NodeIndex
 from hpckv.store.policy import Bridging, StorePolicy
 from hpckv.store.root import StoreRoot
 from hpckv.store.segment import SegmentContext
+from hpckv.store.throttle import RateLimit, ThrottledTier
 from hpckv.store.tier import Tier
 from hpckv.store.tiered_store import TieredStore
 
@@ -53,7 +54,8 @@ def open_store(config: StoreConfig, namespace: Namespace, geometry: BlockGeometr
     if opening.local is not None:
         tiers.append(opening.local_tier(opening.local))
     shared = opening.shared_tier()
-    tiers += [shared, *opening.bridges()]
+    limit = RateLimit(config.read_rate) if config.read_rate else None
+    tiers += [ThrottledTier(tier, limit) if limit else tier for tier in (shared, *opening.bridges())]
     return TieredStore(
         tiers,
         epoch_key=opening.context.epoch_key,
@@ -87,6 +89,7 @@ class _Opening:
             keep_s=self.config.keep_s,
             gid=self.root.policy.group,
             root=self.root,
+            write_limit=RateLimit(self.config.write_rate) if self.config.write_rate else None,
         )
 
     def local_tier(self, layout: StoreLayout) -> FileTier:

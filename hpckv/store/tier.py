@@ -51,7 +51,8 @@ class TierStats:
 
     hits: int = 0
     misses: Counter[str] = field(default_factory=Counter)
-    """By cause: absent, gone, io, damaged, partial (its tiles do not cover this rank's box), overflow (of a bridge)."""
+    """By cause: absent, gone, io, damaged, partial (its tiles do not cover this rank's box), overflow (of a bridge), throttled,
+    timeout."""
     stored: int = 0
     dropped: int = 0
     read_bytes: int = 0

@@ -35,6 +35,7 @@ from hpckv.workload.plan import PlannedPrompt, RunPlan, most_tokens_in_use, plan
 from hpckv.workload.progress import RunProgress
 from hpckv.workload.provenance import provenance
 from hpckv.workload.runfile import RunConfig
+from hpckv.workload.store_report import describe_store
 
 if TYPE_CHECKING:
     from hpckv.engine.engine import Engine
@@ -111,7 +112,7 @@ def _run_locked(
     if engine.is_loaded:
         write_file(directory / "provenance.json", json.dumps(provenance(config, engine), indent=2))
     write_file(directory / "summary.json", json.dumps(summary.record(engine, plan), indent=2))
-    return _exit_code(config, options, batch, output, errors, summary)
+    return _exit_code(config, options, batch, output, errors, summary, describe_store(engine))
 
 
 def _answer(
@@ -219,12 +220,15 @@ def _exit_code(
     output: OutputFile,
     errors: Sequence[dict[str, Any]],
     summary: _Summary,
+    store_lines: Sequence[str],
 ) -> int:
     left = sum(line.custom_id not in output.done for line in batch.lines) - (len(errors) - len(batch.bad))
     if left:
         _log.warning("stopped with %d requests left; the same command goes on from here", left)
         return EXIT_DRAINED
     _log.info("%s", summary.line(config.output))
+    for line in store_lines:
+        _log.info("%s", line)
     if errors and not options.allows_errors:
         _log.warning("%d requests failed, see %s", len(errors), Path(config.output) / "errors.jsonl")
         return EXIT_FAILED_REQUESTS
