@@ -5,6 +5,7 @@ Shapes: L layers, P pages, S slots in a page, X = P * S, K KV heads, H head size
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 
 import numpy as np
@@ -13,9 +14,13 @@ import torch
 from hpckv.kvcache.cache_manager import Connector
 from hpckv.kvcache.load_policy import LoadPolicy
 from hpckv.kvcache.page_pool import NUM_RESERVED
+from hpckv.log import warn_once
 from hpckv.store import BlockGeometry, TieredStore
+from hpckv.store.direct_io import BufferPool
 from hpckv.store.fetch import Fetch
 from hpckv.store.segment import StoredBlock
+
+_log = logging.getLogger(__name__)
 
 
 class KVPool:
@@ -25,6 +30,7 @@ class KVPool:
         g = geometry
         self.geometry = geometry
         self.num_pages = num_pages
+        self._buffers = BufferPool(geometry.block_bytes, on_new=pin_memory if device.type == "cuda" else None)
         shape = (g.num_layers, 2, num_pages * g.block_tokens, g.num_kv_heads, g.head_dim)
         self.tensor = torch.empty(shape, dtype=dtype, device=device)
         # Padding is masked out, but 0 * NaN would not be.
@@ -32,14 +38,17 @@ class KVPool:
         self.layers = [(layer[0], layer[1]) for layer in self.tensor]
 
     def read_block(self, page: int) -> memoryview:
-        """A copy of the page in the store's order: KV head, layer, K|V, token, dim."""
-        block = self._page(page).permute(3, 0, 1, 2, 4).contiguous().cpu()
-        return memoryview(block.view(torch.uint8).flatten().numpy().data)
+        """A copy of the page in the store's order: KV head, layer, K|V, token, dim. Nobody changes it any more."""
+        block = self._page(page).permute(3, 0, 1, 2, 4)
+        copy = self._buffers.take()
+        into = torch.from_numpy(np.frombuffer(copy, dtype=np.uint8)).view(self.tensor.dtype).view(block.shape)
+        into.copy_(block.contiguous() if block.is_cuda else block)  # one large transfer, not one a row
+        return copy
 
     def write_block(self, page: int, payload: memoryview) -> None:
         """The reverse of `read_block`."""
         g = self.geometry
-        data = torch.from_numpy(np.frombuffer(payload, dtype=np.uint8)).view(self.tensor.dtype)
+        data = torch.from_numpy(np.frombuffer(payload, dtype=np.uint8)).to(self.tensor.device).view(self.tensor.dtype)
         block = data.view(g.num_kv_heads, g.num_layers, 2, g.block_tokens, g.head_dim)
         self._page(page).copy_(block.permute(1, 2, 3, 0, 4))
 
@@ -53,6 +62,8 @@ class StoreConnector(Connector):
 
     def __init__(self, pool: KVPool, store: TieredStore, policy: LoadPolicy) -> None:
         self._pool, self._store, self.policy = pool, store, policy
+        if pool.tensor.is_cuda and store.buffers:
+            store.buffers.on_new = pin_memory
 
     def match(self, keys: Sequence[bytes]) -> int:
         return self._store.match(keys)
@@ -69,4 +80,11 @@ class StoreConnector(Connector):
         self.policy.note_load(len(fetch.loaded) * self._pool.geometry.block_bytes, fetch.seconds)
 
     def offload(self, key: bytes, parent: bytes, position: int, page: int) -> None:
-        self._store.save(StoredBlock(key, parent, position, self._pool.read_block(page)))
+        self._store.save(StoredBlock(key, parent, position, self._pool.read_block(page)), keeps_payload=True)
+
+
+def pin_memory(address: int, num_bytes: int) -> None:
+    """Register host memory with the GPU's driver, which then copies from it and to it directly."""
+    failed = torch.cuda.cudart().cudaHostRegister(address, num_bytes, 0)
+    if int(failed):
+        warn_once(_log, f"host memory could not be pinned (CUDA error {int(failed)}); copies are slower")

@@ -20,6 +20,7 @@ import numpy as np
 from hpckv.log import warn_once
 from hpckv.store.catalog import Catalog
 from hpckv.store.collect import Collector
+from hpckv.store.direct_io import BufferPool
 from hpckv.store.durable import publish
 from hpckv.store.foreign_file import UnusableFileError
 from hpckv.store.root import StoreRoot
@@ -59,6 +60,7 @@ class FileTier(Tier):
         keeps_copies_only: bool = False,
         root: StoreRoot | None = None,
         write_limit: RateLimit | None = None,
+        buffers: BufferPool | None = None,
     ) -> None:
         """Reads the catalogue once; raises nothing, what cannot be read is passed over.
 
@@ -68,6 +70,7 @@ class FileTier(Tier):
         self.name, self.keeps_copies_only, self._budget = name, keeps_copies_only, budget_bytes
         self.geometry = context.geometry
         self.stats = TierStats()
+        self._buffers = buffers or BufferPool(self.geometry.block_bytes)
         self.catalog = catalog
         self._own, self._context = own, context
         self._files: OrderedDict[Path, Segment] = OrderedDict()
@@ -113,7 +116,7 @@ class FileTier(Tier):
         if block is not None:
             into = memoryview(block.payload).cast("B")
         else:
-            into = memoryview(np.empty(self.geometry.block_bytes, np.uint8).data)
+            into = self._buffers.take()
             cause, _ = self._read(key, into)
             if cause:
                 self.stats.count_miss(cause)
@@ -123,7 +126,7 @@ class FileTier(Tier):
 
     def read_signed(self, key: bytes) -> tuple[memoryview, frozenset[int]] | None:
         """A published block and the uids of those who wrote it; None if it is not there. Not counted."""
-        into = memoryview(np.empty(self.geometry.block_bytes, np.uint8).data)
+        into = self._buffers.take()
         cause, paths = self._read(key, into)
         return None if cause else (into, frozenset().union(*map(self.catalog.trusted_owner, paths)))
 

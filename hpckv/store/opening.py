@@ -15,6 +15,7 @@ from hpckv.store.audit import Auditor
 from hpckv.store.block import BlockGeometry, check_golden_vector
 from hpckv.store.catalog import Catalog
 from hpckv.store.config import StoreConfig
+from hpckv.store.direct_io import BufferPool
 from hpckv.store.durable import publish
 from hpckv.store.file_tier import FileTier
 from hpckv.store.host_tier import HostTier
@@ -64,6 +65,7 @@ def open_store(config: StoreConfig, namespace: Namespace, geometry: BlockGeometr
         writes=config.write != "off",
         deadline_s=config.deadline_s,
         auditor=opening.auditor(shared),
+        buffers=opening.buffers,
     )
 
 
@@ -77,6 +79,7 @@ class _Opening:
         self.local = None if local is None else StoreLayout(local / f"hpckv-{os.getuid()}" / root.policy.uuid)
         """What is this user's of this store on the node's own disk."""
         self.context = self._context(namespace, geometry)
+        self.buffers = BufferPool(geometry.block_bytes)
 
     def shared_tier(self) -> FileTier:
         catalog = self._catalog(self.context)
@@ -89,6 +92,7 @@ class _Opening:
             keep_s=self.config.keep_s,
             gid=self.root.policy.group,
             root=self.root,
+            buffers=self.buffers,
             write_limit=RateLimit(self.config.write_rate) if self.config.write_rate else None,
         )
 
@@ -103,6 +107,7 @@ class _Opening:
             self.context,
             own,
             name="local",
+            buffers=self.buffers,
             segment_bytes=min(_LOCAL_SEGMENT_BYTES, self.config.segment_size),
             seal_s=_LOCAL_SEAL_S,
             budget_bytes=self.config.local_size,

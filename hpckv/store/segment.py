@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import struct
+import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +18,7 @@ import numpy as np
 from blake3 import blake3
 
 from hpckv.store.block import DIGEST_BYTES, KEY_BYTES, BlockGeometry
+from hpckv.store.direct_io import aligned_buffer, open_direct, read_past_cache
 from hpckv.store.foreign_file import UnusableFileError, open_trusted, read_into
 from hpckv.store.hdf5_image import build_image
 
@@ -25,6 +27,8 @@ FORMAT_VERSION = 1
 TRAILER_BYTES = 512
 _FIELDS = struct.Struct("<8sIIQIIIIIIIIIIIIIIQQQQQQ32s32s")
 _MAC_BYTES = 32
+_UNKNOWN = -2
+_OPENING = threading.Lock()
 _TABLES = ("keys", "parents", "positions", "digests", "scales")
 
 
@@ -166,6 +170,7 @@ class Segment:
         """
         self.path = path
         self._epoch_key = seal.epoch_key
+        self._direct_fd = _UNKNOWN
         self._fd, status = open_trusted(path, trusted_uids)
         self.owner, self.file_bytes, self.written_at = status.st_uid, status.st_size, status.st_mtime
         try:
@@ -227,7 +232,7 @@ class Segment:
         at = self._kv_offset + row * own.block_bytes
         h0, h1, l0, l1 = (f(a, b) for f, a, b in zip((max, min, max, min), own.box, wanted.box, strict=True))
         if own.box == wanted.box:
-            read_into(self._fd, into, at)
+            self._read_payload(into, at)
             self._verify(row, range(len(own.tiles)), into)
         else:
             needed = [
@@ -238,8 +243,8 @@ class Segment:
             for run in _runs(needed):
                 start = own.tiles[run[0]].span.start
                 # Tiles are verified whole, also where the wanted box cuts them.
-                data = memoryview(bytearray(own.tiles[run[-1]].span.stop - start))
-                read_into(self._fd, data, at + start)
+                data = aligned_buffer(own.tiles[run[-1]].span.stop - start)
+                self._read_payload(data, at + start)
                 self._verify(row, run, data)
                 for tile in (own.tiles[number] for number in run):
                     first, end = max(l0, tile.first_layer), min(l1, tile.end_layer)
@@ -260,13 +265,21 @@ class Segment:
 
     def close(self) -> None:
         """Give the descriptor back; idempotent."""
-        if self._fd >= 0:
-            os.close(self._fd)
-            self._fd = -1
+        for fd in (self._fd, self._direct_fd):
+            if fd >= 0:
+                os.close(fd)
+        self._fd = self._direct_fd = -1
 
     def __del__(self) -> None:
         if hasattr(self, "_fd"):
             self.close()
+
+    def _read_payload(self, into: memoryview, offset: int) -> None:
+        if self._direct_fd == _UNKNOWN:
+            with _OPENING:
+                if self._direct_fd == _UNKNOWN:
+                    self._direct_fd = open_direct(self._fd)
+        read_past_cache(self._fd, self._direct_fd, into, offset)
 
     def _pread(self, size: int, offset: int) -> bytes:
         data = bytearray(size)

@@ -149,7 +149,7 @@ class SegmentWriter:
         if not self._make_room(sum(map(len, parts))):
             self.num_lost += len(blocks)
             return
-        publish(path, parts, gid=self._gid, is_durable=self._is_durable)
+        publish(path, parts, gid=self._gid, is_durable=self._is_durable, is_direct=self._is_durable)
         keys = np.frombuffer(b"".join(b.key for b in blocks), np.uint8).reshape(len(blocks), -1)
         self._on_sealed(path, keys, sum(map(len, parts)))
 

@@ -14,6 +14,7 @@ import numpy as np
 from hpckv.log import warn_once
 from hpckv.store.audit import Auditor
 from hpckv.store.block import ROOT_KEY
+from hpckv.store.direct_io import BufferPool
 from hpckv.store.fetch import Breaker, DaemonPool, Fetch, Job, Loaded
 from hpckv.store.segment import StoredBlock
 from hpckv.store.tier import PutOutcome, Tier
@@ -38,12 +39,15 @@ class TieredStore:
         writes: bool = True,
         deadline_s: float = 10.0,
         auditor: Auditor | None = None,
+        buffers: BufferPool | None = None,
     ) -> None:
         """`epoch_key` and `identity` enter the block keys. A `fetch()` waits for no block longer than `deadline_s`."""
         self.tiers = list(tiers)
         self.epoch_key, self.identity = epoch_key, identity
         self.reads, self.writes = reads, writes
         self.auditor = auditor
+        self.buffers = buffers
+        """What blocks are read into."""
         self.breakers = [Breaker() for _ in tiers]
         self._deadline_s = deadline_s
         self._pool = DaemonPool(_READERS, "hpckv-read")
@@ -107,11 +111,14 @@ class TieredStore:
         if self.breakers[job.tier].note_timeout():
             _log.warning("store: the %s tier does not answer in time; it is left alone for a while", tier.name)
 
-    def save(self, block: StoredBlock) -> bool:
-        """Offer a computed block to every tier that keeps more than copies; whether any keeps it."""
+    def save(self, block: StoredBlock, *, keeps_payload: bool = False) -> bool:
+        """Offer a computed block to every tier that keeps more than copies; whether any keeps it.
+
+        With `keeps_payload` nobody will change the payload any more.
+        """
         if not self.writes:
             return False
-        outcomes = [tier.put(block) for tier in self.tiers if not tier.keeps_copies_only]
+        outcomes = [tier.put(block, keeps_payload=keeps_payload) for tier in self.tiers if not tier.keeps_copies_only]
         return any(outcome is not PutOutcome.DROPPED for outcome in outcomes)
 
     def forget_copies(self) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 ERRORS = ("ENOSPC", "EDQUOT", "EIO", "ESTALE")
 KINDS = (*ERRORS, "short write", "lost reply", "kill")
 CALLS = (
-    *("open", "write", "writev", "preadv", "pread", "fsync", "fstat", "fchmod", "rename", "link", "unlink"),
+    *("open", "write", "writev", "pwrite", "preadv", "pread", "fsync", "fstat", "fchmod", "rename", "link", "unlink"),
     *("scandir", "stat", "lstat", "mkdir", "chmod", "chown"),
 )
 
@@ -31,7 +31,12 @@ class Faults:
         first = args[0] if args else ""
         if isinstance(first, int):
             return first in self._fds
-        return os.fspath(first).startswith(self.root) if isinstance(first, (str, os.PathLike)) else False
+        if not isinstance(first, (str, os.PathLike)):
+            return False
+        name = os.fspath(first)
+        if name.startswith("/proc/self/fd/"):  # the same file, opened once more
+            return int(name.rpartition("/")[2]) in self._fds
+        return name.startswith(self.root)
 
     def _wrap(self, name: str, real: Callable) -> Callable:
         def call(*args, **options):
@@ -60,6 +65,9 @@ class Faults:
         if self.kind == "short write":
             if name == "writev":
                 return os.write(args[0], memoryview(args[1][0]).cast("B")[:7])
+            if name == "pwrite":
+                view = memoryview(args[1]).cast("B")
+                return real(args[0], view[: 4096 if len(view) > 4096 else 7], args[2])
             result = real(*args, **options)
         elif self.kind == "lost reply" and name in ("rename", "link", "unlink", "mkdir"):
             real(*args, **options)
