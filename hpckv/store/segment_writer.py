@@ -155,7 +155,9 @@ class SegmentWriter:
 
     def _give_up(self, num_lost: int, error: Exception) -> None:
         with self._lock:
-            self._is_writing = False
+            is_first, self._is_writing = self._is_writing, False
             self.num_lost += num_lost
+        if not is_first:
+            return  # it was said when another segment failed
         reason = error.strerror if isinstance(error, OSError) else error
         _log.warning("store %s: %s; nothing more is written to it in this run", self._folder, reason)
