@@ -30,7 +30,8 @@ class StoreConfig(Config, frozen=True):
     seal_s: float = 60.0
     """Longest time a computed block waits in an open segment, seconds."""
     deadline_s: float = 10.0
-    """Longest time a request waits for stored blocks before they are computed instead, seconds."""
+    """Longest time a request waits for stored blocks before they are computed instead, and the start and the end of a run for
+    a store that does not answer, seconds."""
 
     def __post_init__(self) -> None:
         if not self.seal_s > 0:

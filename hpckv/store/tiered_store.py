@@ -20,7 +20,7 @@ from hpckv.store.block import ROOT_KEY, BlockGeometry, check_golden_vector
 from hpckv.store.catalog import Catalog
 from hpckv.store.config import StoreConfig
 from hpckv.store.durable import publish
-from hpckv.store.fetch import Breaker, DaemonPool, Fetch, Job, Loaded
+from hpckv.store.fetch import Breaker, DaemonPool, Fetch, Job, Loaded, within
 from hpckv.store.file_tier import FileTier
 from hpckv.store.host_tier import HostTier
 from hpckv.store.identity import Namespace
@@ -138,28 +138,32 @@ def open_store(config: StoreConfig, namespace: Namespace, geometry: BlockGeometr
     """
     check_golden_vector()
     path = Path(config.shared)
-    root = StoreRoot.open(path) if StoreRoot.exists(path) else StoreRoot.create(path, StorePolicy.new())
+    try:
+        root, epoch_key, local = within(config.deadline_s, lambda: _look(config, path))
+    except TimeoutError as error:
+        raise StoreError(f"store {path}: {error.strerror}") from None
     context = SegmentContext(
         namespace=namespace.digest,
         namespace_json=json.dumps(namespace.record, sort_keys=True).encode(),
         geometry=geometry,
         epoch=root.policy.epoch,
-        epoch_key=root.epoch_key(),
+        epoch_key=epoch_key,
     )
     shared = Catalog(root.layout, context, trusted_uids=root.trusted_uids())
     tiers: list[Tier] = []
     if config.host_size >= geometry.block_bytes:
         tiers.append(HostTier(geometry, budget_bytes=config.host_size))
-    if (local := find_local_folder(config.local, path)) is not None:
+    if local is not None:
         tiers.append(_local_tier(config, local, root, context))
     tiers.append(
         FileTier(
             shared,
             context,
-            _own_folder(root, shared, namespace) if config.write != "off" else None,
+            _own_folder(config, root, shared, namespace) if config.write != "off" else None,
             segment_bytes=config.segment_size,
             seal_s=config.seal_s,
             gid=root.policy.group,
+            patience_s=config.deadline_s,
             root=root,
         )
     )
@@ -172,12 +176,22 @@ def open_store(config: StoreConfig, namespace: Namespace, geometry: BlockGeometr
     )
 
 
-def _own_folder(root: StoreRoot, catalog: Catalog, namespace: Namespace) -> Path | None:
+def _look(config: StoreConfig, path: Path) -> tuple[StoreRoot, bytes, Path | None]:
+    """The store, its key, and where this node keeps copies."""
+    root = StoreRoot.open(path) if StoreRoot.exists(path) else StoreRoot.create(path, StorePolicy.new())
+    return root, root.epoch_key(), find_local_folder(config.local, path)
+
+
+def _own_folder(config: StoreConfig, root: StoreRoot, catalog: Catalog, namespace: Namespace) -> Path | None:
     """Where this user's segments go; None, said once, where the store can only be read."""
     own = catalog.own_folder(os.getuid())
-    try:
+
+    def make() -> None:
         root.make_own_folder(own)
         _verify_identity(own / "identity.json", namespace, root.policy.group)
+
+    try:
+        within(config.deadline_s, make)
     except OSError as error:
         warn_once(_log, f"store {own}: {error.strerror}; reading only")
         return None
@@ -201,6 +215,7 @@ def _local_tier(config: StoreConfig, folder: Path, root: StoreRoot, context: Seg
         budget_bytes=config.local_size,
         is_durable=False,
         keeps_copies_only=True,
+        patience_s=config.deadline_s,
     )
 
 
