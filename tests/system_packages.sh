@@ -1,8 +1,9 @@
 #!/bin/sh
-# Programs that the tests use as oracles and that pip does not have. Installs what is missing where it may, and names it where not.
+# Programs that pip does not have: oracles of the tests, and what makes their filesystems. Installs what is missing where it
+# may, and names it where not.
 set -eu
 missing=
-for pair in h5dump:hdf5-tools h5ls:hdf5-tools setfacl:acl; do
+for pair in h5dump:hdf5-tools h5ls:hdf5-tools setfacl:acl mkfs.ext4:e2fsprogs mkfs.xfs:xfsprogs fusermount3:fuse3; do
     command -v "${pair%%:*}" >/dev/null || missing="$missing ${pair#*:}"
 done
 [ -z "$missing" ] && exit 0

@@ -68,7 +68,7 @@ def _sources(
     on_file: Callable[[StoredFile], None],
 ) -> dict[tuple[Box, int], list[_Source]]:
     """By box and by how long they are kept: segments worth rewriting."""
-    seen: dict[tuple[Box, int], set[bytes]] = defaultdict(set)
+    seen: dict[tuple[Box, int], dict[bytes, tuple[StoredFile, int]]] = defaultdict(dict)
     found: dict[tuple[Box, int], list[_Source]] = defaultdict(list)
     for file in own:
         try:
@@ -80,8 +80,9 @@ def _sources(
         keys = [segment.key(row) for row in range(segment.count)]
         kind = segment.geometry.box, segment.keep_s
         known = seen[kind]
-        rows = [row for row, key in enumerate(keys) if key not in known]
-        known.update(keys)
+        # Of two copies one may be damaged: a block counts as a duplicate where the other was read.
+        rows = [row for row, key in enumerate(keys) if key not in known or not _verifies(root, *known[key])]
+        known.update((keys[row], (file, row)) for row in rows)
         if len(rows) < len(keys) or len(keys) * segment.geometry.block_bytes < target_bytes // 2:
             found[kind].append(_Source(file, segment, rows))
             report.duplicate_blocks += len(keys) - len(rows)
@@ -118,23 +119,34 @@ def _rewrite(
             written_bytes += sum(map(len, parts))
             batch.clear()
 
-    done: list[StoredFile] = []
+    done: list[_Source] = []
     for source in sources:
         try:
             blocks = list(_blocks(source))
         except (OSError, UnusableFileError):
             continue
         batch += blocks
-        done.append(source.file)
+        done.append(source)
         if len(batch) * context.geometry.block_bytes >= target_bytes:
             seal()
     seal()
     _pass_heat_on(root, written, uses, sources[0].segment.keep_s)
-    for file in done:
+    # What was left out of one may have been the copy in another that cannot be read any more.
+    gone = [s.file for s in done if len(done) == len(sources) or len(s.rows) == s.segment.count]
+    for file in gone:
         file.path.unlink(missing_ok=True)
     report.read_segments += len(done)
     report.written_segments += len(written)
-    report.freed_bytes += sum(file.num_bytes for file in done) - written_bytes
+    report.freed_bytes += sum(file.num_bytes for file in gone) - written_bytes
+
+
+def _verifies(root: StoreRoot, file: StoredFile, row: int) -> bool:
+    try:
+        segment = Segment(file.path, seal_of(root, file), frozenset({file.uid}))
+        segment.read(row, memoryview(bytearray(segment.geometry.block_bytes)))
+    except (OSError, UnusableFileError):
+        return False
+    return True
 
 
 def _blocks(source: _Source) -> Iterator[StoredBlock]:

@@ -53,7 +53,8 @@ class StoreConfig(Config, frozen=True):
     """Share of the requests that compute their whole prefix themselves, to compare what other users stored of it. A writer
     whose blocks do not agree is not read any more. Only in a store that a group shares."""
     deadline_s: float = 10.0
-    """Longest time a request waits for stored blocks before they are computed instead, seconds."""
+    """Longest time a request waits for stored blocks before they are computed instead, and the start and the end of a run for
+    a store that does not answer, seconds."""
 
     def __post_init__(self) -> None:
         if not self.seal_s > 0:

@@ -6,14 +6,17 @@ its own buffer; nobody else ever sees it.
 
 from __future__ import annotations
 
+import errno
 import queue
 import threading
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future, wait
 from dataclasses import dataclass
 from typing import NamedTuple, TypeVar
 
 Item = TypeVar("Item")
+Result = TypeVar("Result")
 
 
 class Loaded(NamedTuple):
@@ -69,6 +72,22 @@ def for_each(work: Callable[[Item], None], items: Sequence[Item], num_threads: i
         thread.start()
     for thread in threads:
         thread.join()
+
+
+def within(seconds: float, work: Callable[[], Result]) -> Result:
+    """What `work` returns or raises; `TimeoutError` if that takes longer, and then its thread is left alone."""
+    future: Future[Result] = Future()
+
+    def run() -> None:
+        try:
+            future.set_result(work())
+        except BaseException as error:  # noqa: BLE001 - raised where it is waited for
+            future.set_exception(error)
+
+    threading.Thread(target=run, name="hpckv-within", daemon=True).start()
+    if not wait([future], seconds).done:
+        raise TimeoutError(errno.ETIMEDOUT, f"no answer in {seconds:g} s")
+    return future.result()
 
 
 class Breaker:

@@ -12,7 +12,8 @@ import secrets
 import threading
 import time
 from collections import Counter, OrderedDict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +23,7 @@ from hpckv.store.catalog import Catalog
 from hpckv.store.collect import Collector
 from hpckv.store.direct_io import BufferPool
 from hpckv.store.durable import publish
+from hpckv.store.fetch import within
 from hpckv.store.foreign_file import UnusableFileError
 from hpckv.store.root import StoreRoot
 from hpckv.store.segment import Segment, SegmentContext, StoredBlock
@@ -34,8 +36,6 @@ _log = logging.getLogger(__name__)
 
 _OPEN_FILES = 256
 _HEAT_EVERY_S = 600.0
-_FIRST_LOOK_S = 60.0
-_TIDY_UP_S = 60.0
 
 
 class FileTier(Tier):
@@ -58,6 +58,7 @@ class FileTier(Tier):
         budget_bytes: int | None = None,
         is_durable: bool = True,
         keeps_copies_only: bool = False,
+        patience_s: float = 60.0,
         root: StoreRoot | None = None,
         write_limit: RateLimit | None = None,
         buffers: BufferPool | None = None,
@@ -65,7 +66,8 @@ class FileTier(Tier):
         """Reads the catalogue once; raises nothing, what cannot be read is passed over.
 
         Own segments beyond `budget_bytes` are evicted as new ones are sealed. With the store's `root`, its quota is kept,
-        uses are logged, and at the end own segments are collected and indexed.
+        uses are logged, and at the end own segments are indexed and collected. A filesystem that does not answer holds up
+        the first look, a flush and the end for `patience_s` seconds each; the first look then goes on meanwhile.
         """
         self.name, self.keeps_copies_only, self._budget = name, keeps_copies_only, budget_bytes
         self.geometry = context.geometry
@@ -81,7 +83,7 @@ class FileTier(Tier):
         self._keep_s, self._unlogged_keeps = keep_s, dict[Path, int]()
         self._heat_folder = root and own and root.layout.heat(os.getuid())
         self._next_heat = time.monotonic() + _HEAT_EVERY_S
-        self._root = root
+        self._root, self._patience_s = root, patience_s
         self._write_limit = write_limit
         self._writer = own and SegmentWriter(
             own,
@@ -93,8 +95,9 @@ class FileTier(Tier):
             gid=gid,
             is_durable=is_durable,
             make_room=self._make_room,
+            patience_s=patience_s,
         )
-        self._within(_FIRST_LOOK_S, catalog.refresh)
+        self._try(catalog.refresh)
         self._refresh_s = refresh_s
         self._is_closing = threading.Event()
         self._refresher = threading.Thread(target=self._refresh_loop, name=f"hpckv-refresh-{name}", daemon=True)
@@ -235,28 +238,33 @@ class FileTier(Tier):
         if self._writer:
             self._writer.close()
             if self._writer.is_writing:
-                self._within(_TIDY_UP_S, self._tidy_up)
+                for work in self._tidying():
+                    if not self._try(work):
+                        break
         self.catalog.close()
+        self._try(self._close_files)
+
+    def _tidying(self) -> Iterator[Callable[[], object]]:
+        """What is left to do at the end, the quickest first."""
+        yield self._log_heat
+        if self._collector and self._root:
+            group, make_folder = self._root.policy.group, self._root.make_own_folder
+            yield partial(self.catalog.consolidate, os.getuid(), gid=group, make_folder=make_folder)
+            yield self._collector.collect
+
+    def _close_files(self) -> None:
         with self._lock:
             self._files.clear()
 
-    def _tidy_up(self) -> None:
+    def _try(self, work: Callable[[], object]) -> bool:
+        """Do what must not hurt the run; whether it was done. A dead filesystem holds it up for a while only."""
         try:
-            self._log_heat()
-            if self._collector and self._root:
-                self._collector.collect()
-                group, make_folder = self._root.policy.group, self._root.make_own_folder
-                self.catalog.consolidate(os.getuid(), gid=group, make_folder=make_folder)
-        except OSError as error:
-            warn_once(_log, f"store {self._own}: {error.strerror}; not tidied up")
-
-    def _within(self, seconds: float, work: Callable[[], None]) -> None:
-        """Do what a dead filesystem must not hold up: in a thread that is left alone after `seconds`."""
-        thread = threading.Thread(target=work, name=f"hpckv-{self.name}", daemon=True)
-        thread.start()
-        thread.join(seconds)
-        if thread.is_alive():
-            warn_once(_log, f"store {self.catalog.layout.root}: no answer in {seconds:.0f} s; going on without it")
+            within(self._patience_s, work)
+        except Exception as error:  # noqa: BLE001 - as the refresher: trouble with a store is only said
+            reason = error.strerror if isinstance(error, OSError) else error
+            warn_once(_log, f"store {self.catalog.layout.root}: {reason}; going on without it")
+            return False
+        return True
 
     def _is_pinned(self, path: Path) -> bool:
         with self._lock:

@@ -17,6 +17,7 @@ from hpckv.store.catalog import Catalog
 from hpckv.store.config import StoreConfig
 from hpckv.store.direct_io import BufferPool
 from hpckv.store.durable import publish
+from hpckv.store.fetch import within
 from hpckv.store.file_tier import FileTier
 from hpckv.store.host_tier import HostTier
 from hpckv.store.identity import Namespace
@@ -44,11 +45,10 @@ def open_store(config: StoreConfig, namespace: Namespace, geometry: BlockGeometr
     """
     check_golden_vector()
     path = Path(config.shared)
-    root = StoreRoot.open(path) if StoreRoot.exists(path) else StoreRoot.create(path, StorePolicy.new())
-    if config.private:
-        namespace = _salted(root, namespace)
-    local = find_local_folder(config.local, path)
-    opening = _Opening(config, root, namespace, geometry, local)
+    try:
+        opening = within(config.deadline_s, lambda: _look(config, path, namespace, geometry))
+    except TimeoutError as error:
+        raise StoreError(f"store {path}: {error.strerror}") from None
     tiers: list[Tier] = []
     if config.host_size >= geometry.block_bytes:
         tiers.append(HostTier(geometry, budget_bytes=config.host_size))
@@ -60,13 +60,21 @@ def open_store(config: StoreConfig, namespace: Namespace, geometry: BlockGeometr
     return TieredStore(
         tiers,
         epoch_key=opening.context.epoch_key,
-        identity=namespace.identity.digest,
+        identity=opening.namespace.identity.digest,
         reads=config.read,
         writes=config.write != "off",
         deadline_s=config.deadline_s,
         auditor=opening.auditor(shared),
         buffers=opening.buffers,
     )
+
+
+def _look(config: StoreConfig, path: Path, namespace: Namespace, geometry: BlockGeometry) -> _Opening:
+    """The store, its key, and where this node keeps copies."""
+    root = StoreRoot.open(path) if StoreRoot.exists(path) else StoreRoot.create(path, StorePolicy.new())
+    if config.private:
+        namespace = _salted(root, namespace)
+    return _Opening(config, root, namespace, geometry, find_local_folder(config.local, path))
 
 
 class _Opening:
@@ -76,6 +84,7 @@ class _Opening:
         self, config: StoreConfig, root: StoreRoot, namespace: Namespace, geometry: BlockGeometry, local: Path | None
     ) -> None:
         self.config, self.root, self.namespace = config, root, namespace
+        self.epoch_key = root.epoch_key()
         self.local = None if local is None else StoreLayout(local / f"hpckv-{os.getuid()}" / root.policy.uuid)
         """What is this user's of this store on the node's own disk."""
         self.context = self._context(namespace, geometry)
@@ -93,6 +102,7 @@ class _Opening:
             gid=self.root.policy.group,
             root=self.root,
             buffers=self.buffers,
+            patience_s=self.config.deadline_s,
             write_limit=RateLimit(self.config.write_rate) if self.config.write_rate else None,
         )
 
@@ -113,6 +123,7 @@ class _Opening:
             budget_bytes=self.config.local_size,
             is_durable=False,
             keeps_copies_only=True,
+            patience_s=self.config.deadline_s,
         )
 
     def bridges(self) -> list[Tier]:
@@ -125,7 +136,13 @@ class _Opening:
         for source in bridge.sources(target, _least(self.config.bridging, self.root.policy.bridging)):
             namespace, geometry = bridge.sibling(self.namespace, self.context.geometry, source)
             context = self._context(namespace, geometry)
-            tier = FileTier(self._catalog(context), context, None, refresh_s=_SIBLING_REFRESH_S)
+            tier = FileTier(
+                self._catalog(context),
+                context,
+                None,
+                refresh_s=_SIBLING_REFRESH_S,
+                patience_s=self.config.deadline_s,
+            )
             tiers.append(bridge.BridgeTier(tier, self.context.geometry, source=source, target=target))
         return tiers
 
@@ -144,7 +161,7 @@ class _Opening:
             namespace_json=json.dumps(namespace.record, sort_keys=True).encode(),
             geometry=geometry,
             epoch=self.root.policy.epoch,
-            epoch_key=self.root.epoch_key(),
+            epoch_key=self.epoch_key,
         )
 
     def _catalog(self, context: SegmentContext) -> Catalog:
@@ -171,9 +188,13 @@ class _Opening:
     def _own_folder(self, catalog: Catalog) -> Path | None:
         """Where this user's segments go; None, said once, where the store can only be read."""
         own = catalog.own_folder(os.getuid())
-        try:
+
+        def make() -> None:
             self.root.make_own_folder(own, is_private=self.config.private)
             _verify_identity(own / "identity.json", self.namespace, self.root.policy.group)
+
+        try:
+            within(self.config.deadline_s, make)
         except OSError as error:
             warn_once(_log, f"store {own}: {error.strerror}; reading only")
             return None

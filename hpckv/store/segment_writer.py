@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import queue
 import secrets
@@ -20,6 +21,8 @@ from hpckv.store.segment import SegmentContext, StoredBlock, build_segment
 
 _log = logging.getLogger(__name__)
 
+_SLOWEST = 8 * 1024**2
+"""Bytes a second; a device is given up that takes a flush more slowly."""
 _SEALING_AT_ONCE = 2
 """Threads, and segments that wait for them: one digests while the other writes."""
 
@@ -46,14 +49,14 @@ class SegmentWriter:
     ) -> None:
         """`make_room` is asked before each file is written, with its size; without room the blocks are dropped.
 
-        A device that has not taken a flush after `patience_s` seconds is given up.
+        A device that has not taken a flush after `patience_s` seconds, and those that its bytes may take, is given up.
         """
         self.num_lost = 0
         """Blocks that were taken and could not be written."""
         self._folder, self._context, self._on_sealed = folder, context, on_sealed
         self._segment_bytes, self._seal_s, self._keep_s = segment_bytes, seal_s, keep_s
         self._gid, self._is_durable, self._make_room = gid, is_durable, make_room
-        self._is_writing, self._patience_s = True, patience_s
+        self._is_writing, self._is_hanging, self._patience_s = True, False, patience_s
         self._lock = threading.Lock()
         self._open: dict[bytes, StoredBlock] = {}
         self._opened_at = 0.0
@@ -92,17 +95,20 @@ class SegmentWriter:
         with self._lock:
             if self._open:
                 self._seal_open()
+        if self._is_hanging:
+            return
+        limit_s = self._patience_s + self.num_pending * self._context.geometry.block_bytes / _SLOWEST
         with self._work.all_tasks_done:
-            is_done = self._work.all_tasks_done.wait_for(lambda: not self._work.unfinished_tasks, self._patience_s)
-        if not is_done:
-            self._give_up(self.num_pending, TimeoutError(None, f"nothing was written for {self._patience_s:.0f} s"))
+            self._is_hanging = not self._work.all_tasks_done.wait_for(lambda: not self._work.unfinished_tasks, limit_s)
+        if self._is_hanging:
+            self._give_up(self.num_pending, TimeoutError(errno.ETIMEDOUT, f"nothing was written in {limit_s:.1f} s"))
 
     def close(self) -> None:
         """flush(), then end the threads, unless they hang; idempotent."""
         self.flush()
         for _ in self._threads:
             self._work.put(None)
-        if self._is_writing:
+        if not self._is_hanging:
             for thread in self._threads:
                 thread.join()
         self._threads = []
@@ -155,7 +161,9 @@ class SegmentWriter:
 
     def _give_up(self, num_lost: int, error: Exception) -> None:
         with self._lock:
-            self._is_writing = False
+            is_first, self._is_writing = self._is_writing, False
             self.num_lost += num_lost
+        if not is_first:
+            return  # it was said when another segment failed
         reason = error.strerror if isinstance(error, OSError) else error
         _log.warning("store %s: %s; nothing more is written to it in this run", self._folder, reason)

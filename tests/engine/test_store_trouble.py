@@ -56,8 +56,9 @@ def test_load_failures_change_no_answer(checkpoint, tmp_path, rate, trouble):
 
 def test_a_hanging_store_costs_its_deadline_and_then_nothing(checkpoint, tmp_path):
     folder = checkpoint("llama")
-    config = StoreConfig(shared=str(tmp_path / "kv"), write="all", host_size=0, deadline_s=0.3)
+    config = StoreConfig(shared=str(tmp_path / "kv"), write="all", host_size=0)
     wanted = tokens(Engine(folder, store=config, cache=CACHE))
+    config = StoreConfig(shared=str(tmp_path / "kv"), write="all", host_size=0, deadline_s=0.3)
     engine = Engine(folder, store=config, cache=CACHE)
     engine.load()
     (tier,) = engine.store.tiers

@@ -117,6 +117,19 @@ def test_compaction_makes_few_full_segments_and_loses_nothing(tmp_path):
     assert compact(StoreRoot.open(tmp_path), target_bytes=20 * GEOMETRY.block_bytes).duplicate_blocks == 0
 
 
+@pytest.mark.parametrize("target", [1, 100], ids=["full", "small"])
+def test_compaction_keeps_the_good_one_of_two_copies(tmp_path, target):
+    write(tmp_path, range(3))
+    (damaged,) = segments(tmp_path)
+    copy = damaged.with_name(f"{secrets.token_hex(16)}.h5")
+    copy.write_bytes(damaged.read_bytes())
+    copy.chmod(0o440)
+    spoil(damaged, 4096 * (damaged.stat().st_size // 4096 - 1))
+    os.utime(damaged, (1, 1))
+    compact(StoreRoot.open(tmp_path), target_bytes=target * GEOMETRY.block_bytes)
+    assert hits(tmp_path, range(3)) == [0, 1, 2]
+
+
 def test_compaction_keeps_heat_and_leaves_damaged_segments_alone(tmp_path):
     write(tmp_path, range(12))
     hits(tmp_path, [0, 1, 2])
