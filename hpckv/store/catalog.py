@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import logging
+import math
 import os
 import secrets
 import stat
@@ -25,7 +26,7 @@ from hpckv.store.block import Box
 from hpckv.store.block_index import BlockIndex, Entries
 from hpckv.store.durable import publish
 from hpckv.store.fetch import for_each
-from hpckv.store.foreign_file import UnusableFileError
+from hpckv.store.foreign_file import UnusableFileError, is_gone
 from hpckv.store.index_file import IndexedSegment, IndexFile
 from hpckv.store.layout import StoreLayout
 from hpckv.store.segment import Segment, SegmentContext
@@ -33,8 +34,10 @@ from hpckv.store.segment import Segment, SegmentContext
 _log = logging.getLogger(__name__)
 
 _READERS = 8
-_TICK_NS = 2_000_000_000
-"""A folder's mtime this young may stand for two changes; the folder is listed again next time."""
+_TICK_S = 2.0
+"""A folder is listed until its mtime has stood for so long by this process's own clock: it may stand for two changes."""
+_RETRY_S = 60.0
+"""A segment that could not be read is looked at again after so long, while its folder lists it."""
 INDEX_FROM = 16
 """An owner's segments are consolidated when so many are in no index file."""
 
@@ -44,20 +47,26 @@ class _Listing:
     """One folder as it was last seen."""
 
     changed_ns: int = -1
+    since: float = 0.0
+    """When this mtime was first seen."""
+    is_settled: bool = False
     names: set[str] = field(default_factory=set)
 
     def look(self, folder: Path, suffix: str) -> bool:
         """List again if the folder changed; whether it was listed. Raises `OSError`."""
+        now = time.monotonic()
         try:
             changed = folder.stat().st_mtime_ns
         except FileNotFoundError:
             found, changed = set[str](), -1
         else:
-            if changed == self.changed_ns:
+            if changed == self.changed_ns and self.is_settled:
                 return False
             found = {entry.name for entry in os.scandir(folder) if entry.name.endswith(suffix)}
-        self.names = found
-        self.changed_ns = changed if time.time_ns() - changed > _TICK_NS else -1
+        if changed != self.changed_ns:
+            self.since = now
+        self.names, self.changed_ns = found, changed
+        self.is_settled = changed != -1 and now - self.since > _TICK_S
         return True
 
 
@@ -70,6 +79,8 @@ class _Owner:
     indexes: _Listing = field(default_factory=_Listing)
     covered: set[str] = field(default_factory=set)
     """Segments that an index file lists."""
+    waiting: dict[str, float] = field(default_factory=dict)
+    """Listed segments whose keys are not known, and when to look at them, by the monotonic clock."""
 
 
 class Catalog:
@@ -94,7 +105,6 @@ class Catalog:
         self._numbers: dict[Path, int] = {}
         self._paths: dict[int, Path] = {}
         self._boxes: dict[int, Box] = {}
-        self._refused: set[Path] = set()
         self._next_number = 0
 
     def __len__(self) -> int:
@@ -116,8 +126,15 @@ class Catalog:
         """Who must own a segment: the one whose folder it lies in."""
         return frozenset({int(path.relative_to(self.layout.users).parts[0])})
 
+    def _owner_of(self, path: Path) -> _Owner:
+        (uid,) = self.trusted_owner(path)
+        return self._owners.setdefault(uid, _Owner(uid))
+
     def own_folder(self, uid: int) -> Path:
         return self.layout.segments(uid, self._namespace)
+
+    def own_indexes(self, uid: int) -> Path:
+        return self.layout.indexes(uid, self._namespace)
 
     def present(self, keys: Sequence[bytes]) -> np.ndarray:
         """Whether segments whose boxes together cover this rank's are believed to have each block, (n,) bool; no I/O."""
@@ -140,10 +157,9 @@ class Catalog:
                 self._index(box).add(Entries.of_segment(self._number(path, box), keys))
 
     def forget(self, path: Path, *, for_good: bool = False) -> None:
-        """Its blocks are not looked for any more; `for_good`: nor is the file looked at again."""
+        """Its blocks are not looked for any more. The file is looked at again in a while, if it is still there; or never."""
         with self._lock:
-            if for_good:
-                self._refused.add(path)
+            self._owner_of(path).waiting[path.name] = math.inf if for_good else time.monotonic() + _RETRY_S
             number = self._numbers.pop(path, None)
             if number is not None:
                 self._index(self._boxes.pop(number)).remove(number)
@@ -171,9 +187,12 @@ class Catalog:
                     warn_once(_log, f"{self.own_folder(uid)}: {error.strerror}; its blocks are not used")
             self._drop_distrusted()  # those that were distrusted meanwhile
 
-    def consolidate(self, uid: int, *, at_least: int = INDEX_FROM) -> Path | None:
-        """Write an index file of all segments of `uid` (this user) if `at_least` of them are in none."""
-        folder, target = self.own_folder(uid), self.layout.indexes(uid, self._namespace)
+    def consolidate(self, uid: int, *, at_least: int = INDEX_FROM, gid: int | None = None) -> Path | None:
+        """Write an index file of all segments of `uid` (this user) if `at_least` of them are in none; raises `OSError`.
+
+        It must get the group `gid`.
+        """
+        folder, target = self.own_folder(uid), self.own_indexes(uid)
         with self._lock:
             own = [path for path in self._numbers if path.parent == folder]
             owner = self._owners.setdefault(uid, _Owner(uid))
@@ -197,7 +216,7 @@ class Catalog:
         )
         target.mkdir(parents=True, exist_ok=True)
         path = target / f"{secrets.token_hex(16)}.idx"
-        publish(path, file.build(self._context))
+        publish(path, file.build(self._context), gid=gid)
         for name in old:  # readers that hold the old listing find a file gone, and look at the segments instead
             with contextlib.suppress(OSError):
                 (target / name).unlink()
@@ -222,23 +241,32 @@ class Catalog:
 
     def _refresh_owner(self, owner: _Owner) -> None:
         folder = self.own_folder(owner.uid)
-        before = set(owner.segments.names)
-        if not owner.segments.look(folder, ".h5"):
-            return
-        names = owner.segments.names
-        for name in before - names:
-            self.forget(folder / name)
+        before = owner.segments.names
+        is_listed = owner.segments.look(folder, ".h5")
         with self._lock:
-            new = [n for n in names if folder / n not in self._numbers and folder / n not in self._refused]
-        if not new:
-            return
-        indexes = self.layout.indexes(owner.uid, self._namespace)
-        if owner.indexes.look(indexes, ".idx"):
-            new = self._read_indexes(owner, folder, indexes, set(new))
-        for_each(lambda name: self._read_segment(folder / name, owner.uid), new, _READERS)
+            if is_listed:
+                for name in before - owner.segments.names:
+                    self.forget(folder / name)
+                waiting = [name for name in owner.segments.names if folder / name not in self._numbers]
+                owner.waiting = {name: owner.waiting.get(name, 0.0) for name in waiting}
+            now = time.monotonic()
+            due = {name for name, at in owner.waiting.items() if at <= now}
+        if due:
+            left = self._read_indexes(owner, folder, due)
+            for_each(lambda name: self._read_segment(folder / name), left, _READERS)
 
-    def _read_indexes(self, owner: _Owner, folder: Path, indexes: Path, new: set[str]) -> list[str]:
-        """Take what index files say about `new` segments; returns those that none speaks of."""
+    def _read_indexes(self, owner: _Owner, folder: Path, new: set[str]) -> list[str]:
+        """Take what index files say about `new` segments, if there are index files that were not seen yet.
+
+        Returns the segments that they do not speak of.
+        """
+        indexes = self.own_indexes(owner.uid)
+        try:
+            if not owner.indexes.look(indexes, ".idx"):
+                return sorted(new)
+        except OSError as error:
+            warn_once(_log, f"{indexes}: {error.strerror}; the segments are looked at instead")
+            return sorted(new)
         files: dict[str, IndexFile] = {}
         for name in owner.indexes.names:
             try:
@@ -264,15 +292,13 @@ class Catalog:
             new.difference_update(names)
         return sorted(new)
 
-    def _read_segment(self, path: Path, uid: int) -> None:
+    def _read_segment(self, path: Path) -> None:
         try:
-            segment = Segment(path, self._context, frozenset({uid}))
-        except FileNotFoundError:
-            return
+            segment = Segment(path, self._context, self.trusted_owner(path))
         except (UnusableFileError, OSError) as error:
-            warn_once(_log, f"{path}: {error}; its blocks are not used")
-            with self._lock:
-                self._refused.add(path)
+            if not is_gone(error):
+                warn_once(_log, f"{path}: {error}; its blocks are not used")
+            self.forget(path, for_good=isinstance(error, UnusableFileError))
             return
         segment.close()
         self.add(path, segment.keys, segment.geometry.box)
@@ -283,6 +309,7 @@ class Catalog:
     def _number(self, path: Path, box: Box) -> int:
         number = self._numbers[path] = self._next_number
         self._paths[number], self._boxes[number] = path, box
+        self._owner_of(path).waiting.pop(path.name, None)
         self._next_number += 1
         return number
 

@@ -21,7 +21,7 @@ from hpckv.log import warn_once
 from hpckv.store.catalog import Catalog
 from hpckv.store.collect import Collector
 from hpckv.store.durable import publish
-from hpckv.store.foreign_file import UnusableFileError
+from hpckv.store.foreign_file import UnusableFileError, is_gone
 from hpckv.store.root import StoreRoot
 from hpckv.store.segment import Segment, SegmentContext, StoredBlock
 from hpckv.store.segment_writer import SegmentWriter
@@ -146,9 +146,8 @@ class FileTier(Tier):
 
     def _explain(self, path: Path, error: Exception) -> str:
         """Give the segment up; what its trouble is counted as."""
-        is_gone = isinstance(error, FileNotFoundError)
-        self.catalog.forget(path, for_good=not is_gone)
-        if is_gone:
+        self.catalog.forget(path, for_good=not isinstance(error, OSError))
+        if is_gone(error):
             return "gone"
         reason = error.strerror if isinstance(error, OSError) else error
         warn_once(_log, f"{path.name}: {reason}; its blocks are computed again")
@@ -224,7 +223,7 @@ class FileTier(Tier):
             self._log_heat()
             if self._collector:
                 self._collector.collect()
-                self.catalog.consolidate(os.getuid())
+                self.catalog.consolidate(os.getuid(), gid=self._root.policy.group if self._root else None)
         except OSError as error:
             warn_once(_log, f"store {self._own}: {error.strerror}; not tidied up")
 

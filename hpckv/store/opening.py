@@ -130,7 +130,8 @@ class _Opening:
         """Where this user's segments go; None, said once, where the store can only be read."""
         own = catalog.own_folder(os.getuid())
         try:
-            self.root.make_own_folder(own, is_private=self.config.private)
+            for folder in (own, catalog.own_indexes(os.getuid())):
+                self.root.make_own_folder(folder, is_private=self.config.private)
             _verify_identity(own / "identity.json", self.namespace, self.root.policy.group)
         except OSError as error:
             warn_once(_log, f"store {own}: {error.strerror}; reading only")

@@ -7,6 +7,7 @@ other programs: `h5dump`, `h5ls` and h5py open the file as it is.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import struct
 from collections.abc import Iterator, Sequence
@@ -260,9 +261,11 @@ class Segment:
 
     def close(self) -> None:
         """Give the descriptor back; idempotent."""
-        if self._fd >= 0:
-            os.close(self._fd)
-            self._fd = -1
+        fd, self._fd = self._fd, -1  # given up whatever close() says: a second one could hit somebody else's
+        if fd >= 0:
+            # Network filesystems may say ESTALE here for a file that another client has deleted. It was only read.
+            with contextlib.suppress(OSError):
+                os.close(fd)
 
     def __del__(self) -> None:
         if hasattr(self, "_fd"):
