@@ -154,7 +154,8 @@ class GlusterFS:
 
 def _is_mounted(folder: Path) -> bool:
     """By the kernel's list: asking the folder itself may hang."""
-    return any(line.split()[4] == str(folder) for line in Path("/proc/self/mountinfo").read_text().splitlines())
+    mounts = Path("/proc/self/mountinfo").read_text().splitlines()
+    return str(folder) in (line.split()[4].encode().decode("unicode_escape") for line in mounts)
 
 
 def _answers(folder: Path) -> bool:
