@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import os
 import secrets
 import stat
 import threading
 import time
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -25,53 +25,21 @@ from hpckv.store.block_index import BlockIndex, Entries
 from hpckv.store.boxes import covered, holds, overlap
 from hpckv.store.durable import publish
 from hpckv.store.fetch import for_each
-from hpckv.store.foreign_file import UnusableFileError
+from hpckv.store.foreign_file import UnusableFileError, is_gone
 from hpckv.store.index_file import IndexedSegment, IndexFile
 from hpckv.store.layout import StoreLayout
+from hpckv.store.listing import OwnerListing
 from hpckv.store.node_index import NodeIndex, View
 from hpckv.store.segment import Segment, SegmentContext
 
 _log = logging.getLogger(__name__)
 
 _READERS = 8
-_TICK_NS = 2_000_000_000
-"""A folder's mtime this young may stand for two changes; the folder is listed again next time."""
 _POLL_S = 0.05
+_RETRY_S = 60.0
+"""A segment that could not be read is looked at again after so long, while its folder lists it."""
 INDEX_FROM = 16
 """An owner's segments are consolidated when so many are in no index file."""
-
-
-@dataclass
-class _Listing:
-    """One folder as it was last seen."""
-
-    changed_ns: int = -1
-    names: set[str] = field(default_factory=set)
-
-    def look(self, folder: Path, suffix: str) -> bool:
-        """List again if the folder changed; whether it was listed. Raises `OSError`."""
-        try:
-            changed = folder.stat().st_mtime_ns
-        except FileNotFoundError:
-            found, changed = set[str](), -1
-        else:
-            if changed == self.changed_ns:
-                return False
-            found = {entry.name for entry in os.scandir(folder) if entry.name.endswith(suffix)}
-        self.names = found
-        self.changed_ns = changed if time.time_ns() - changed > _TICK_NS else -1
-        return True
-
-
-@dataclass
-class _Owner:
-    """One user's part of the namespace."""
-
-    uid: int
-    segments: _Listing = field(default_factory=_Listing)
-    indexes: _Listing = field(default_factory=_Listing)
-    covered: set[str] = field(default_factory=set)
-    """Segments that an index file lists."""
 
 
 class Catalog:
@@ -99,11 +67,10 @@ class Catalog:
         self._lock = threading.RLock()
         self._refreshing = threading.Lock()
         self._indexes: dict[Box, BlockIndex] = {}
-        self._owners: dict[int, _Owner] = {}
+        self._owners: dict[int, OwnerListing] = {}
         self._numbers: dict[Path, int] = {}
         self._paths: dict[int, Path] = {}
         self._boxes: dict[int, Box] = {}
-        self._refused: set[Path] = set()
         self._next_number = 0
         self._left: set[Path] | None = None
         """What the node's other processes were told last."""
@@ -127,8 +94,15 @@ class Catalog:
         """Who must own a segment: the one whose folder it lies in."""
         return frozenset({int(path.relative_to(self.layout.users).parts[0])})
 
+    def _owner_of(self, path: Path) -> OwnerListing:
+        (uid,) = self.trusted_owner(path)
+        return self._owners.setdefault(uid, OwnerListing(uid))
+
     def own_folder(self, uid: int) -> Path:
         return self.layout.segments(uid, self._namespace)
+
+    def own_indexes(self, uid: int) -> Path:
+        return self.layout.indexes(uid, self._namespace)
 
     def present(self, keys: Sequence[bytes]) -> np.ndarray:
         """Whether segments whose boxes together cover this rank's are believed to have each block, (n,) bool; no I/O."""
@@ -153,10 +127,9 @@ class Catalog:
                 self._index(box).add(Entries.of_segment(self._number(path, box), keys))
 
     def forget(self, path: Path, *, for_good: bool = False) -> None:
-        """Its blocks are not looked for any more; `for_good`: nor is the file looked at again."""
+        """Its blocks are not looked for any more. The file is looked at again in a while, if it is still there; or never."""
         with self._lock:
-            if for_good:
-                self._refused.add(path)
+            self._owner_of(path).waiting[path.name] = math.inf if for_good else time.monotonic() + _RETRY_S
             number = self._numbers.pop(path, None)
             if number is not None:
                 self._index(self._boxes.pop(number)).remove(number)
@@ -186,7 +159,7 @@ class Catalog:
 
     def _look(self) -> None:
         for uid in self._users():
-            owner = self._owners.setdefault(uid, _Owner(uid))
+            owner = self._owners.setdefault(uid, OwnerListing(uid))
             try:
                 self._refresh_owner(owner)
             except OSError as error:
@@ -233,43 +206,45 @@ class Catalog:
             self._boxes = {n: box for n, (_, box) in view.segments.items()}
             self._indexes = {box: BlockIndex.of(entries) for box, entries in view.entries.items()}
             self._next_number = max(self._paths, default=-1) + 1
-            for path in self._refused:
-                self.forget(path)
+            self._stay_without()
             own, self._published = self._published, {}
             for path, (box, keys) in own.items():
                 if path not in self._numbers:
                     self.add(path, keys, box)
         return None
 
+    def _stay_without(self) -> None:
+        """What this process could not read stays out of a view that has it, until it is to be tried again."""
+        now = time.monotonic()
+        for owner in self._owners.values():
+            for name, at in list(owner.waiting.items()):
+                if at > now:
+                    self.forget(self.own_folder(owner.uid) / name, for_good=at == math.inf)
+                else:
+                    del owner.waiting[name]
+
     def close(self) -> None:
         """Let another process of the node look; idempotent."""
         if self._node:
             self._node.close()
 
-    def consolidate(
-        self,
-        uid: int,
-        *,
-        at_least: int = INDEX_FROM,
-        gid: int | None = None,
-        make_folder: Callable[[Path], None] = lambda folder: folder.mkdir(parents=True, exist_ok=True),
-    ) -> Path | None:
-        """Write an index file of all segments of `uid` (this user) if `at_least` of them are in none.
+    def consolidate(self, uid: int, *, at_least: int = INDEX_FROM, gid: int | None = None) -> Path | None:
+        """Write an index file of all segments of `uid` (this user) if `at_least` of them are in none; raises `OSError`.
 
-        Of a node's processes only the one that looks does it. Raises `OSError`.
+        It must get the group `gid`. Of a node's processes only the one that looks does it.
         """
         if self._node and not self._node.leads():
             return None
-        folder, target = self.own_folder(uid), self.layout.indexes(uid, self._namespace)
+        folder, target = self.own_folder(uid), self.own_indexes(uid)
         with self._lock:
             own = [path for path in self._numbers if path.parent == folder]
-            owner = self._owners.setdefault(uid, _Owner(uid))
+            owner = self._owners.setdefault(uid, OwnerListing(uid))
             if len([p for p in own if p.name not in owner.covered]) < max(1, at_least):
                 return None
             numbers = np.array([self._numbers[path] for path in own])
             boxes = [self._boxes[number] for number in numbers.tolist()]
             entries = Entries.merge([index.entries() for index in self._indexes.values()])
-        make_folder(target)
+        target.mkdir(parents=True, exist_ok=True)
         old = sorted(entry.name for entry in os.scandir(target) if entry.name.endswith(".idx"))
         # Numbers of this process become numbers of the file; other users' entries are left out.
         order = np.argsort(numbers)
@@ -307,28 +282,34 @@ class Catalog:
                 if stat.S_ISDIR(status.st_mode) and status.st_uid == uid:
                     yield uid
 
-    def _refresh_owner(self, owner: _Owner) -> None:
+    def _refresh_owner(self, owner: OwnerListing) -> None:
         folder = self.own_folder(owner.uid)
-        before = set(owner.segments.names)
-        if not owner.segments.look(folder, ".h5"):
-            return
-        names = owner.segments.names
-        for name in before - names:
-            self.forget(folder / name)
+        before = owner.segments.names
+        is_listed = owner.segments.look(folder, ".h5")
         with self._lock:
-            new = [n for n in names if folder / n not in self._numbers and folder / n not in self._refused]
-        if not new:
-            return
-        indexes = self.layout.indexes(owner.uid, self._namespace)
+            if is_listed:
+                for name in before - owner.segments.names:
+                    self.forget(folder / name)
+                waiting = [name for name in owner.segments.names if folder / name not in self._numbers]
+                owner.waiting = {name: owner.waiting.get(name, 0.0) for name in waiting}
+            now = time.monotonic()
+            due = {name for name, at in owner.waiting.items() if at <= now}
+        if due:
+            left = self._read_indexes(owner, folder, due)
+            for_each(lambda name: self._read_segment(folder / name), left, _READERS)
+
+    def _read_indexes(self, owner: OwnerListing, folder: Path, new: set[str]) -> list[str]:
+        """Take what index files say about `new` segments, if there are index files that were not seen yet.
+
+        Returns the segments that they do not speak of.
+        """
+        indexes = self.own_indexes(owner.uid)
         try:
-            if owner.indexes.look(indexes, ".idx"):
-                new = self._read_indexes(owner, folder, indexes, set(new))
+            if not owner.indexes.look(indexes, ".idx"):
+                return sorted(new)
         except OSError as error:
             warn_once(_log, f"{indexes}: {error.strerror}; the segments are looked at instead")
-        for_each(lambda name: self._read_segment(folder / name, owner.uid), new, _READERS)
-
-    def _read_indexes(self, owner: _Owner, folder: Path, indexes: Path, new: set[str]) -> list[str]:
-        """Take what index files say about `new` segments; returns those that none speaks of."""
+            return sorted(new)
         files: dict[str, IndexFile] = {}
         for name in owner.indexes.names:
             try:
@@ -354,15 +335,13 @@ class Catalog:
             new.difference_update(names)
         return sorted(new)
 
-    def _read_segment(self, path: Path, uid: int) -> None:
+    def _read_segment(self, path: Path) -> None:
         try:
-            segment = Segment(path, self._context, frozenset({uid}))
-        except FileNotFoundError:
-            return
+            segment = Segment(path, self._context, self.trusted_owner(path))
         except (UnusableFileError, OSError) as error:
-            warn_once(_log, f"{path}: {error}; its blocks are not used")
-            with self._lock:
-                self._refused.add(path)
+            if not is_gone(error):
+                warn_once(_log, f"{path}: {error}; its blocks are not used")
+            self.forget(path, for_good=isinstance(error, UnusableFileError))
             return
         segment.close()
         self.add(path, segment.keys, segment.geometry.box)
@@ -373,5 +352,6 @@ class Catalog:
     def _number(self, path: Path, box: Box) -> int:
         number = self._numbers[path] = self._next_number
         self._paths[number], self._boxes[number] = path, box
+        self._owner_of(path).waiting.pop(path.name, None)
         self._next_number += 1
         return number

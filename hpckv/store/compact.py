@@ -5,15 +5,16 @@ Order: copy, publish, then delete. A crash in between leaves blocks twice, never
 
 from __future__ import annotations
 
+import contextlib
 import os
 import secrets
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence, Set
+from dataclasses import dataclass, field
 from pathlib import Path
 
-from hpckv.store.block import Box
+from hpckv.store.block import BlockGeometry
 from hpckv.store.durable import publish
 from hpckv.store.foreign_file import UnusableFileError
 from hpckv.store.identity import canonical_json
@@ -34,12 +35,14 @@ class CompactReport:
 
 
 @dataclass
-class _Source:
-    """One segment to be rewritten, and its rows that are kept."""
+class _Kind:
+    """A user's segments of one shape that are kept equally long."""
 
-    file: StoredFile
-    segment: Segment
-    rows: Sequence[int]
+    holders: dict[bytes, StoredFile] = field(default_factory=dict)
+    """The first segment that has each block."""
+    sources: dict[StoredFile, Use] = field(default_factory=dict)
+    """Segments worth rewriting."""
+    has_duplicates: bool = False
 
 
 def compact(
@@ -54,57 +57,52 @@ def compact(
     uses = survey.uses()
     for view in namespaces(survey):
         own = sorted((f for f in view.segments if f.uid == os.getuid()), key=lambda f: f.written_at)
-        for (box, _), sources in _sources(root, own, target_bytes, report, on_file).items():
-            context = _context(root, view, sources[0].segment, box)
-            _rewrite(root, context, sources, target_bytes, report, [uses.get(s.file.path, Use()) for s in sources])
+        for (geometry, keep_s), kind in _kinds(root, own, uses, target_bytes, on_file).items():
+            # One small segment alone gains nothing.
+            if len(kind.sources) > 1 or kind.has_duplicates:
+                _rewrite(root, _context(root, view, geometry), kind, keep_s, target_bytes, report)
     return report
 
 
-def _sources(
+def _kinds(
     root: StoreRoot,
     own: Sequence[StoredFile],
+    uses: Mapping[Path, Use],
     target_bytes: int,
-    report: CompactReport,
     on_file: Callable[[StoredFile], None],
-) -> dict[tuple[Box, int], list[_Source]]:
-    """By box and by how long they are kept: segments worth rewriting."""
-    seen: dict[tuple[Box, int], dict[bytes, tuple[StoredFile, int]]] = defaultdict(dict)
-    found: dict[tuple[Box, int], list[_Source]] = defaultdict(list)
+) -> dict[tuple[BlockGeometry, int], _Kind]:
+    """By shape and by how long they are kept. Segments are opened one at a time: there may be more than descriptors."""
+    found: dict[tuple[BlockGeometry, int], _Kind] = defaultdict(_Kind)
     for file in own:
         try:
-            segment = Segment(file.path, seal_of(root, file), frozenset({file.uid}))
+            segment = _open(root, file)
         except (OSError, UnusableFileError):
             continue
         finally:
             on_file(file)
-        keys = [segment.key(row) for row in range(segment.count)]
-        kind = segment.geometry.box, segment.keep_s
-        known = seen[kind]
-        # Of two copies one may be damaged: a block counts as a duplicate where the other was read.
-        rows = [row for row, key in enumerate(keys) if key not in known or not _verifies(root, *known[key])]
-        known.update((keys[row], (file, row)) for row in rows)
-        if len(rows) < len(keys) or len(keys) * segment.geometry.block_bytes < target_bytes // 2:
-            found[kind].append(_Source(file, segment, rows))
-            report.duplicate_blocks += len(keys) - len(rows)
-    # One small segment alone gains nothing.
-    return {kind: s for kind, s in found.items() if len(s) > 1 or len(s[0].rows) < s[0].segment.count}
+        segment.close()
+        kind = found[segment.geometry, segment.keep_s]
+        new = {key: file for key in map(segment.key, range(segment.count)) if key not in kind.holders}
+        kind.holders.update(new)
+        if len(new) < segment.count or segment.count * segment.geometry.block_bytes < target_bytes // 2:
+            kind.sources[file] = uses.get(file.path, Use())
+            kind.has_duplicates |= len(new) < segment.count
+    return found
 
 
-def _context(root: StoreRoot, view: NamespaceView, segment: Segment, box: Box) -> SegmentContext:
+def _open(root: StoreRoot, file: StoredFile) -> Segment:
+    return Segment(file.path, seal_of(root, file), frozenset({file.uid}))
+
+
+def _context(root: StoreRoot, view: NamespaceView, geometry: BlockGeometry) -> SegmentContext:
     seal = seal_of(root, view.segments[0])
     record = canonical_json(view.record) if view.record else b"{}"
-    return SegmentContext(seal.namespace, seal.epoch, seal.epoch_key, record, segment.geometry.with_box(*box))
+    return SegmentContext(seal.namespace, seal.epoch, seal.epoch_key, record, geometry)
 
 
 def _rewrite(
-    root: StoreRoot,
-    context: SegmentContext,
-    sources: Sequence[_Source],
-    target_bytes: int,
-    report: CompactReport,
-    uses: Sequence[Use],
+    root: StoreRoot, context: SegmentContext, kind: _Kind, keep_s: int, target_bytes: int, report: CompactReport
 ) -> None:
-    folder = sources[0].file.path.parent
     batch: list[StoredBlock] = []
     written: list[Path] = []
     written_bytes = 0
@@ -112,49 +110,67 @@ def _rewrite(
     def seal() -> None:
         nonlocal written_bytes
         if batch:
-            path = folder / f"{secrets.token_hex(16)}.h5"
-            parts = build_segment(context, batch, keep_s=sources[0].segment.keep_s)
+            path = next(iter(kind.sources)).path.with_name(f"{secrets.token_hex(16)}.h5")
+            parts = build_segment(context, batch, keep_s=keep_s)
             publish(path, parts, gid=root.policy.group)
             written.append(path)
             written_bytes += sum(map(len, parts))
             batch.clear()
 
-    done: list[_Source] = []
-    for source in sources:
+    copied: set[bytes] = set()
+    done: dict[StoredFile, Use] = {}
+    for source, use in kind.sources.items():
         try:
-            blocks = list(_blocks(source))
+            blocks, num_left_out = _blocks(root, source, kind, copied)
         except (OSError, UnusableFileError):
             continue
         batch += blocks
-        done.append(source)
+        copied.update(block.key for block in blocks)
+        done[source] = use
+        report.duplicate_blocks += num_left_out
         if len(batch) * context.geometry.block_bytes >= target_bytes:
             seal()
     seal()
-    _pass_heat_on(root, written, uses, sources[0].segment.keep_s)
-    # What was left out of one may have been the copy in another that cannot be read any more.
-    gone = [s.file for s in done if len(done) == len(sources) or len(s.rows) == s.segment.count]
-    for file in gone:
+    _pass_heat_on(root, written, list(done.values()), keep_s)
+    for file in done:
         file.path.unlink(missing_ok=True)
     report.read_segments += len(done)
     report.written_segments += len(written)
-    report.freed_bytes += sum(file.num_bytes for file in gone) - written_bytes
+    report.freed_bytes += sum(file.num_bytes for file in done) - written_bytes
 
 
-def _verifies(root: StoreRoot, file: StoredFile, row: int) -> bool:
-    try:
-        segment = Segment(file.path, seal_of(root, file), frozenset({file.uid}))
-        segment.read(row, memoryview(bytearray(segment.geometry.block_bytes)))
-    except (OSError, UnusableFileError):
-        return False
-    return True
+def _blocks(root: StoreRoot, source: StoredFile, kind: _Kind, copied: Set[bytes]) -> tuple[list[StoredBlock], int]:
+    """What must be copied of a segment, and how many blocks need not be: they are copied, or in a segment that stays."""
+    with contextlib.closing(_open(root, source)) as segment:
+        rows = {segment.key(row): row for row in range(segment.count)}
+        elsewhere: dict[StoredFile, set[bytes]] = defaultdict(set)
+        for key in rows.keys() - copied:
+            if kind.holders.get(key, source) not in kind.sources:
+                elsewhere[kind.holders[key]].add(key)
+        stays = set().union(*(_verified(root, holder, keys) for holder, keys in elsewhere.items()))
+        blocks = [
+            StoredBlock(key, bytes(segment.parents[row]), int(segment.positions[row]), _payload(segment, row))
+            for key, row in rows.items()
+            if key not in copied and key not in stays
+        ]
+        return blocks, segment.count - len(blocks)
 
 
-def _blocks(source: _Source) -> Iterator[StoredBlock]:
-    segment = source.segment
-    for row in source.rows:
-        payload = bytearray(segment.geometry.block_bytes)
-        segment.read(row, memoryview(payload))
-        yield StoredBlock(segment.key(row), bytes(segment.parents[row]), int(segment.positions[row]), payload)
+def _verified(root: StoreRoot, file: StoredFile, keys: Set[bytes]) -> set[bytes]:
+    """Which of these blocks the segment really has, now and with the right digests."""
+    found = set()
+    with contextlib.suppress(OSError, UnusableFileError), contextlib.closing(_open(root, file)) as segment:
+        for row in range(segment.count):
+            if (key := segment.key(row)) in keys:
+                _payload(segment, row)
+                found.add(key)
+    return found
+
+
+def _payload(segment: Segment, row: int) -> bytearray:
+    payload = bytearray(segment.geometry.block_bytes)
+    segment.read(row, memoryview(payload))
+    return payload
 
 
 def _pass_heat_on(root: StoreRoot, written: Sequence[Path], uses: Sequence[Use], keep_s: int) -> None:

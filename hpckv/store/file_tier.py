@@ -24,7 +24,7 @@ from hpckv.store.collect import Collector
 from hpckv.store.direct_io import BufferPool
 from hpckv.store.durable import publish
 from hpckv.store.fetch import within
-from hpckv.store.foreign_file import UnusableFileError
+from hpckv.store.foreign_file import UnusableFileError, is_gone
 from hpckv.store.root import StoreRoot
 from hpckv.store.segment import Segment, SegmentContext, StoredBlock
 from hpckv.store.segment_writer import SegmentWriter
@@ -163,9 +163,8 @@ class FileTier(Tier):
 
     def _explain(self, path: Path, error: Exception) -> str:
         """Give the segment up; what its trouble is counted as."""
-        is_gone = isinstance(error, FileNotFoundError)
-        self.catalog.forget(path, for_good=not is_gone)
-        if is_gone:
+        self.catalog.forget(path, for_good=not isinstance(error, OSError))
+        if is_gone(error):
             return "gone"
         reason = error.strerror if isinstance(error, OSError) else error
         warn_once(_log, f"{path.name}: {reason}; its blocks are computed again")
@@ -248,8 +247,7 @@ class FileTier(Tier):
         """What is left to do at the end, the quickest first."""
         yield self._log_heat
         if self._collector and self._root:
-            group, make_folder = self._root.policy.group, self._root.make_own_folder
-            yield partial(self.catalog.consolidate, os.getuid(), gid=group, make_folder=make_folder)
+            yield partial(self.catalog.consolidate, os.getuid(), gid=self._root.policy.group)
             yield self._collector.collect
 
     def _close_files(self) -> None:

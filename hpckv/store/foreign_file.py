@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import stat
 from pathlib import Path
@@ -9,6 +10,11 @@ from pathlib import Path
 
 class UnusableFileError(Exception):
     """A file in the store cannot be used: torn, foreign, damaged or unsafe. For a reader it is a miss."""
+
+
+def is_gone(error: Exception) -> bool:
+    """Whether it only says that the file was deleted: by somebody on this node, or on another (ESTALE)."""
+    return isinstance(error, OSError) and error.errno in (errno.ENOENT, errno.ESTALE)
 
 
 def open_trusted(path: Path, trusted_uids: frozenset[int] | None) -> tuple[int, os.stat_result]:

@@ -190,7 +190,8 @@ class _Opening:
         own = catalog.own_folder(os.getuid())
 
         def make() -> None:
-            self.root.make_own_folder(own, is_private=self.config.private)
+            for folder in (own, catalog.own_indexes(os.getuid())):
+                self.root.make_own_folder(folder, is_private=self.config.private)
             _verify_identity(own / "identity.json", self.namespace, self.root.policy.group)
 
         try:

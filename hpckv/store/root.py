@@ -7,6 +7,7 @@ their own there and touch nobody else's. So the owner of a file tells reliably w
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import secrets
@@ -202,6 +203,12 @@ def _publish_once(path: Path, content: bytes, group: int | None) -> None:
 
 
 def _read_trusted(path: Path) -> tuple[bytes, os.stat_result]:
-    fd, status = open_trusted(path, None)
-    with os.fdopen(fd, "rb") as file:
-        return file.read(), status
+    for is_last in (False, True):
+        try:
+            fd, status = open_trusted(path, None)
+            with os.fdopen(fd, "rb") as file:
+                return file.read(), status
+        except OSError as error:
+            if is_last or error.errno != errno.ESTALE:  # replaced between its name and its content
+                raise
+    raise AssertionError("not reached")

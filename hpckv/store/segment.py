@@ -7,6 +7,7 @@ other programs: `h5dump`, `h5ls` and h5py open the file as it is.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import struct
 import threading
@@ -265,10 +266,13 @@ class Segment:
 
     def close(self) -> None:
         """Give the descriptor back; idempotent."""
-        for fd in (self._fd, self._direct_fd):
+        # Given up whatever close() says: a second one could hit somebody else's.
+        fds, self._fd, self._direct_fd = (self._fd, self._direct_fd), -1, -1
+        for fd in fds:
             if fd >= 0:
-                os.close(fd)
-        self._fd = self._direct_fd = -1
+                # Network filesystems may say ESTALE here for a file that another client has deleted. It was only read.
+                with contextlib.suppress(OSError):
+                    os.close(fd)
 
     def __del__(self) -> None:
         if hasattr(self, "_fd"):

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from hpckv.errors import AccessError, StoreError
+from hpckv.store.catalog import INDEX_FROM
 from hpckv.store.root import StoreRoot
 from tests.store.shared_store import get, policy, put
 from tests.store.users import MEMBER, OTHER, OWNER, PROJECT, STRANGER, as_user, reachable
@@ -48,6 +49,14 @@ def test_members_hit_each_others_blocks_and_strangers_get_one_line(store):
         return str(caught.value)
 
     assert "\n" not in as_user(STRANGER, refused)
+
+
+def test_indexes_are_shared_like_segments(store):
+    as_user(MEMBER, lambda: [put(store, [number]) for number in range(INDEX_FROM)])
+    (index,) = store.glob("u/*/idx/*/*.idx")
+    assert modes(index) == [f"440 {MEMBER} {PROJECT}"]
+    assert modes(index.parent, index.parent.parent) == [f"2750 {MEMBER} {PROJECT}"] * 2
+    assert as_user(OTHER, lambda: get(store, range(INDEX_FROM + 1))) == [True] * INDEX_FROM + [False]
 
 
 def test_no_operation_on_anothers_files_succeeds(store):

@@ -1,6 +1,7 @@
 """check finds every damage and nothing else; compact loses nothing; a rotated key hides what was stored."""
 
 import os
+import resource
 import secrets
 
 import pytest
@@ -154,3 +155,28 @@ def test_after_a_rotation_nothing_old_is_found_and_old_runs_go_on(tmp_path):
     assert hits(tmp_path, range(3)) == [0, 1, 2]
     assert findings(tmp_path) == []
     assert len(namespaces(survey(tmp_path))) == 2
+
+
+@pytest.mark.parametrize("target_blocks", [1, 100], ids=["the first stays", "both are rewritten"])
+def test_of_two_copies_the_one_that_verifies_is_kept(tmp_path, target_blocks):
+    write(tmp_path, range(6))
+    for path in segments(tmp_path):
+        twin = path.with_name(f"{secrets.token_hex(16)}.h5")
+        twin.write_bytes(path.read_bytes())
+        twin.chmod(0o440)
+        spoil(path, 4096 * (path.stat().st_size // 4096 - 1))
+        os.utime(path, (1, 1))
+    compact(StoreRoot.open(tmp_path), target_bytes=target_blocks * GEOMETRY.block_bytes)
+    assert hits(tmp_path, range(6)) == [*range(6)]
+
+
+def test_compaction_needs_few_descriptors_for_many_segments(tmp_path):
+    write(tmp_path, range(180))
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (len(os.listdir("/proc/self/fd")) + 30, limits[1]))
+    try:
+        report = compact(StoreRoot.open(tmp_path), target_bytes=60 * GEOMETRY.block_bytes)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+    assert (report.read_segments, report.written_segments) == (60, 3)
+    assert hits(tmp_path, range(180)) == [*range(180)]
