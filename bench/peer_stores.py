@@ -91,9 +91,10 @@ class Hpckv:
 
         store = self._open("all")
         for number, key in enumerate(self.keys):
-            block = StoredBlock(key, bytes(32), BLOCK_TOKENS * number, self.sources[number % SOURCES].tobytes())
+            payload = self.sources[number % SOURCES].copy()  # as the engine copies a block out of its pages
+            block = StoredBlock(key, bytes(32), BLOCK_TOKENS * number, memoryview(payload))
             while not store.save(block):  # a run would drop the block instead
-                time.sleep(0.002)
+                time.sleep(0.02)
         store.flush()
         store.close()
         return {}
