@@ -32,6 +32,7 @@ bench: $(STAMP)
 	$(BIN)/python bench/modes.py --modes fast,unshared
 	$(BIN)/python bench/store.py
 	$(BIN)/python bench/store_peers.py
+	$(BIN)/python bench/restart.py
 
 soak: $(STAMP)
 	sh tests/system_packages.sh

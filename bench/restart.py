@@ -7,7 +7,7 @@ A round of an engine: an empty store; a process that answers the prompts and end
 that answers them again. Prompts share nothing, so that a cold start has all of it to compute: W4d:quarter is 8 of 1,088
 tokens, W4d 32. Weights are loaded before the clock starts; it runs from the first request, loading of stored blocks
 included, to the last answer. LMCache's server is a fresh process each time too, and has all the time it wants to write
-before it is ended.
+before it is ended. CPU seconds are the engine's processes', LMCache's server not counted.
 
 Answers of cold and warm are compared. In fast numerics a warm answer may differ where two tokens are nearly equal, for it
 is computed in other chunks; so a first pair, not timed, runs in strict numerics, and there all must be equal.
