@@ -31,6 +31,8 @@ bench: $(STAMP)
 	$(BIN)/python bench/bench.py
 	$(BIN)/python bench/modes.py --modes fast,unshared
 	$(BIN)/python bench/store.py
+	$(BIN)/python bench/store_peers.py
+	$(BIN)/python bench/restart.py
 
 soak: $(STAMP)
 	sh tests/system_packages.sh

@@ -41,11 +41,13 @@ def cpu_seconds() -> float:
 class Hpckv:
     """This project, in process."""
 
-    def __init__(self, model: str):
+    def __init__(self, model: str, *, numerics: str = "fast", **options):
+        """`options` go to the `Engine`."""
         from hpckv import Engine
         from hpckv.engine import EngineConfig
 
-        self.engine = Engine(model, engine=EngineConfig(max_batch_tokens=2048, max_requests=64))
+        config = EngineConfig(max_batch_tokens=2048, max_requests=64, numerics=numerics)
+        self.engine = Engine(model, engine=config, **options)
 
     def serve(self, prompts: list[list[int]], output: int) -> tuple[list[list[int]], int]:
         from hpckv import SamplingParams
@@ -98,7 +100,8 @@ class Transformers:
 class Vllm:
     """vLLM's CPU build."""
 
-    def __init__(self, model: str, *, caches_prefixes: bool = True):
+    def __init__(self, model: str, *, caches_prefixes: bool = True, **options):
+        """`options` go to the `LLM`."""
         os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "3")
         os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "0-1")
         os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
@@ -108,7 +111,7 @@ class Vllm:
         self.llm = LLM(
             model=model, dtype="bfloat16", max_model_len=2048, enable_prefix_caching=caches_prefixes, enforce_eager=True,
             max_num_seqs=64, max_num_batched_tokens=2048, block_size=128,
-            skip_tokenizer_init=True,
+            skip_tokenizer_init=True, **options,
         )  # fmt: skip
 
     def serve(self, prompts: list[list[int]], output: int) -> tuple[list[list[int]], int]:

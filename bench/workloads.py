@@ -2,8 +2,9 @@
 
 W1  n prompts that share a prefix of 1,024 tokens, 64 of their own each, 32 generated
 W3  n prompts of 512 tokens that share nothing, 64 generated
+W4d n prompts of 1,088 tokens that share nothing, 32 generated: what a restart has to save
 
-Full size is n = 32 and 16; `half` 16 and 8; `quarter` 8 and 4.
+Full size is n = 32, 16 and 32; `half` 16, 8 and 16; `quarter` 8, 4 and 8.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ def get(name: str) -> dict:
     """`W1:half` -> {"prompts": [[ids]], "output": tokens to generate}."""
     base, _, size = name.partition(":")
     part = SIZES[size or "full"]
-    rng = random.Random({"W1": 1, "W3": 3}[base])
+    rng = random.Random({"W1": 1, "W3": 3, "W4d": 4}[base])
 
     def draw(count: int) -> list[int]:
         return [rng.randrange(LOW, HIGH) for _ in range(count)]
@@ -26,4 +27,6 @@ def get(name: str) -> dict:
     if base == "W1":
         prefix = draw(1024)
         return {"prompts": [prefix + draw(64) for _ in range(32 // part)], "output": 32}
+    if base == "W4d":
+        return {"prompts": [draw(1088) for _ in range(32 // part)], "output": 32}
     return {"prompts": [draw(512) for _ in range(16 // part)], "output": 64}
