@@ -130,6 +130,7 @@ class Catalog:
         """Its blocks are not looked for any more. The file is looked at again in a while, if it is still there; or never."""
         with self._lock:
             self._owner_of(path).waiting[path.name] = math.inf if for_good else time.monotonic() + _RETRY_S
+            self._published.pop(path, None)
             number = self._numbers.pop(path, None)
             if number is not None:
                 self._index(self._boxes.pop(number)).remove(number)

@@ -1,6 +1,6 @@
 """A few users' processes on one store through two mounts of it: writers, readers, collectors, compactors, all at once.
 
-As a program (`python -m tests.store.neighbours MOUNT_A MOUNT_B SECONDS`) it lets them run and prints what they saw. It is
+As a program (`python -m tests.store.neighbours A B BRICK STALENESS SECONDS`) it lets them run and prints what they saw. It is
 one small process that forks, so that a dozen of them start in no time.
 """
 
@@ -8,7 +8,9 @@ import contextlib
 import errno
 import functools
 import inspect
+import itertools
 import json
+import math
 import os
 import random
 import sys
@@ -19,6 +21,7 @@ from pathlib import Path
 
 from hpckv.quantity import ByteSize
 from hpckv.store import Identity, Namespace, StoreConfig, open_store
+from hpckv.store.catalog import Catalog
 from hpckv.store.collect import Collector
 from hpckv.store.compact import compact
 from hpckv.store.file_tier import FileTier
@@ -37,6 +40,8 @@ NUMBERS = {MEMBER: 0, OTHER: 1_000_000}
 """Where each writer's blocks begin."""
 MOST = 3_000
 """Of each writer's blocks, so many are looked for."""
+AT_LEAST = 100
+"""A writer offers so many however slow the machine is: more than its quota."""
 REFRESH_S: float = inspect.signature(FileTier).parameters["refresh_s"].default
 _CALLS = ("open", "preadv", "fstat", "stat", "lstat", "scandir", "unlink", "rename", "writev", "fsync")
 
@@ -116,7 +121,7 @@ def write(store: Path, seconds: float) -> dict:
     """Jobs one after another: new blocks, a look at some of them, tidying up at the end."""
     errors, collected, acknowledged = count_errors(), log_collected(), dict[int, float]()
     number, end, totals = NUMBERS[os.getuid()], time.monotonic() + seconds, Counter[str]()
-    while time.monotonic() < end:
+    while time.monotonic() < end or number < NUMBERS[os.getuid()] + AT_LEAST:
         reader = Reader(store)
         for _ in range(4):
             part = range(number, number + 3 * SEGMENT_BLOCKS)
@@ -135,25 +140,47 @@ def write(store: Path, seconds: float) -> dict:
 
 def read(store: Path, seconds: float, until_told: int | None = None) -> dict:
     """Load what is believed to be there, and some of what is not; in jobs of 2 s, or in one until told what to find."""
-    errors, collected, totals, seen = count_errors(), log_collected(), Counter[str](), dict[int, float]()
+    errors, collected, totals = count_errors(), log_collected(), Counter[str]()
     every = [base + n for base in NUMBERS.values() for n in range(MOST)]
     keys = [block_of(n).key for n in every]
     end, report = time.monotonic() + seconds, dict[str, object]()
     while time.monotonic() < end:
         reader = Reader(store)
+        news = follow_news(reader.shared.catalog, every, keys)
         job_end = end if until_told is not None else min(end, time.monotonic() + 2.0)
         while time.monotonic() < job_end:
-            begun = time.time()
             present = [n for n, is_there in zip(every, reader.shared.present(keys), strict=True) if is_there]
-            seen.update((n, begun) for n in present if n not in seen)
             for number in random.sample(present, min(20, len(present))) + random.sample(every, 2):
                 reader.load(number)
             time.sleep(0.02)
         if until_told is not None:
-            report = {"seen": seen, "not_found": _not_found(reader, json.loads(os.read(until_told, 1 << 20)))}
+            report = {"news": news, "not_found": _not_found(reader, json.loads(os.read(until_told, 1 << 20)))}
         totals.update(hits=reader.hits, wrong=reader.wrong, **reader.shared.stats.misses)
         reader.tiers.close()
     return {**report, **totals, "collected": [*collected], "errors": errors}
+
+
+def follow_news(catalog: Catalog, numbers: list[int], keys: list[bytes]) -> list[dict]:
+    """Of each refresh from now on: when it began and ended, and which blocks it brought."""
+    refresh, news, known = catalog.refresh, [], set[int]()
+
+    def followed() -> None:
+        begun = time.time()
+        refresh()
+        present = {n for n, is_there in zip(numbers, catalog.present(keys), strict=True) if is_there}
+        news.append({"begun": begun, "ended": time.time(), "new": sorted(present - known)})
+        known.update(present)
+
+    catalog.refresh = followed
+    return news
+
+
+def late(acknowledged: dict[int, float], news: list[dict], staleness_s: float) -> list[int]:
+    """Blocks that the first refresh after they were acknowledged should have brought, and a later one did."""
+    found = []
+    for before, this in itertools.pairwise(news):
+        found += [n for n in this["new"] if acknowledged.get(n, math.inf) + staleness_s < before["begun"]]
+    return found
 
 
 def _not_found(reader: Reader, wanted: list[int]) -> list[int]:
@@ -171,7 +198,7 @@ def tend(store: Path, seconds: float) -> dict:
     collector = Collector(root)
     tiers = open_tiers(store)
     catalog = tiers.tiers[-1].catalog
-    while time.monotonic() < end:
+    while (now := time.monotonic()) < end or (not counts["compacted"] and now < end + 30.0):
         collector.collect()
         counts["compacted"] += compact(root, target_bytes=3 * SEGMENT_BLOCKS * GEOMETRY.block_bytes).read_segments
         catalog.refresh()
@@ -188,8 +215,11 @@ def survey(store: Path) -> tuple[StoreRoot, Survey]:
     return root, found
 
 
-def run(a: Path, b: Path, brick: Path, seconds: float) -> dict:
-    """Everybody at once on the store `a` = `b` = `brick`, then a look from behind at what is really there."""
+def run(a: Path, b: Path, brick: Path, staleness_s: float, seconds: float) -> dict:
+    """Everybody at once on the store `a` = `b` = `brick`, then a look from behind at what is really there.
+
+    A client may show what another changed as it was for `staleness_s`.
+    """
     quota = Quota(user_bytes=ByteSize(120_000), files=100)
     as_user(OWNER, lambda: StoreRoot.create(a, StorePolicy.new(group=PROJECT, quota=quota)) and None)
     told, tell = os.pipe()
@@ -201,20 +231,25 @@ def run(a: Path, b: Path, brick: Path, seconds: float) -> dict:
         "tending on a": start_as(MEMBER, lambda: tend(a, seconds)),
         "tending on b": start_as(MEMBER, lambda: tend(b, seconds)),
     }
-    saw = {name: wait() for name, wait in roles.items() if name != "reader on b"}
-    root, found = survey(brick)
-    stands = set[int]().union(*(numbers_in(root, file) for file in found.segments()))
-    os.write(tell, json.dumps(sorted(stands)).encode())
+    stands = set[int]()
+    try:
+        saw = {name: wait() for name, wait in roles.items() if name != "reader on b"}
+        root, found = survey(brick)
+        stands.update(*(numbers_in(root, file) for file in found.segments()))
+    finally:
+        os.write(tell, json.dumps(sorted(stands)).encode())
     saw["reader on b"] = roles["reader on b"]()
-    acknowledged = {n: at for one in saw.values() for n, at in one.pop("acknowledged", {}).items()}
+    acknowledged = {int(n): at for one in saw.values() for n, at in one.pop("acknowledged", {}).items()}
     collected = {n for one in saw.values() for n in one.pop("collected")}
-    seen = saw["reader on b"].pop("seen")
+    news = saw["reader on b"].pop("news")
+    waits = [one["ended"] - acknowledged[n] for one in news for n in one["new"] if n in acknowledged]
     return {
         "acknowledged": len(acknowledged),
         "collected": len(collected),
         "standing": len(stands),
-        "lost": sorted({int(n) for n in acknowledged} - collected - stands),
-        "seconds_until_seen": sorted(at - acknowledged[n] for n, at in seen.items() if n in acknowledged),
+        "lost": sorted(acknowledged.keys() - collected - stands),
+        "late": late(acknowledged, news, staleness_s),
+        "seconds_until_seen": sorted(waits),
         "findings": [f"{f.file.path.name}: {f.what}" for f in check(*survey(brick)).findings],
         "saw": saw,
     }
@@ -222,4 +257,4 @@ def run(a: Path, b: Path, brick: Path, seconds: float) -> dict:
 
 if __name__ == "__main__":
     mounts = [Path(argument) for argument in sys.argv[1:4]]
-    print(json.dumps(run(*mounts, float(sys.argv[4]))))
+    print(json.dumps(run(*mounts, *map(float, sys.argv[4:]))))

@@ -8,12 +8,20 @@ import time
 
 import pytest
 
+from hpckv.store import node_index
 from hpckv.store.catalog import Catalog
 from hpckv.store.file_tier import FileTier
 from hpckv.store.layout import StoreLayout
 from hpckv.store.node_index import NodeIndex
+from hpckv.store.tier import PutOutcome
 from hpckv.testing.tier_suite import make_block
 from tests.store.test_index import CONTEXT, write_segments
+
+
+@pytest.fixture(autouse=True)
+def _leaders_have_time(monkeypatch):
+    """Leaving a view takes long on a busy machine, and a leader would rest for a multiple of it."""
+    monkeypatch.setattr(node_index, "_BUSY_SHARE", 0)
 
 
 class LookedError(AssertionError):
@@ -84,6 +92,26 @@ def test_what_a_follower_published_stays_found_until_the_leader_shows_it(tmp_pat
     other.refresh()
     assert present(other, [1, 2, 3]) == [True] * 3
     assert len(other.places(make_block(1).key)) == 1, "once, not twice"
+    tier.close()
+
+
+def test_what_a_follower_published_and_lost_does_not_come_back(tmp_path):
+    leader, other = member(tmp_path), follower(tmp_path)
+    leader.refresh()
+    other.refresh()
+    folder = other.own_folder(os.getuid())
+    folder.mkdir(parents=True)
+    tier = FileTier(other, CONTEXT, folder, refresh_s=1e6)
+    tier.put(make_block(1))
+    tier.flush()
+    ((path, _),) = other.places(make_block(1).key)
+    path.unlink()  # somebody's collector, before the leader has looked
+    assert tier.get(make_block(1).key) is None
+    write_segments(tmp_path / "kv", [2, 3])
+    leader.refresh()
+    other.refresh()
+    assert present(other, [1, 2, 3]) == [False, True, True]
+    assert tier.put(make_block(1)) is PutOutcome.STORED
     tier.close()
 
 
