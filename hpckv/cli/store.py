@@ -88,7 +88,7 @@ def info(path: Folder, *, as_json: AsJson = False) -> None:
 
     Example: hpckv store info /lustre/proj/kv
     """
-    from hpckv.store.inspect import unsafe_folders
+    from hpckv.store.inspect import audit_reports, unsafe_folders
     from hpckv.store.local_disk import filesystem_type
 
     root, survey = _open(path)
@@ -104,8 +104,14 @@ def info(path: Folder, *, as_json: AsJson = False) -> None:
             "users": sorted({f.uid for f in survey.files.values()}),
             "free_bytes": survey.free_bytes(),
         },
+        "audits": audit_reports(survey),
         "warnings": [f"{folder}: {what}" for folder, what in unsafe_folders(root)],
     }
+    for writer, auditors in record["audits"].items():
+        who = ", ".join(map(user_name, auditors))
+        record["warnings"].append(
+            f"blocks of {user_name(writer)} were found wrong by audits of {who}; if you agree: hpckv store distrust {path} {writer}"
+        )
     if as_json:
         typer.echo(json.dumps(record, indent=2))
         return
@@ -243,7 +249,7 @@ def check(
 
 @store_app.command()
 def gc(path: Folder, *, as_json: AsJson = False) -> None:
-    """Bring your own files within the quota, and sweep what your dead jobs left.
+    """Delete what of yours has expired or exceeds the quota, and sweep what your dead jobs left.
 
     Example: hpckv store gc /lustre/proj/kv
     """

@@ -76,6 +76,16 @@ def namespaces(survey: Survey) -> list[NamespaceView]:
     return sorted(found.values(), key=lambda view: (-view.num_bytes, view.name))
 
 
+def audit_reports(survey: Survey) -> dict[int, list[int]]:
+    """Writers whose blocks audits found to be wrong, each with the uids of those who say so."""
+    found: dict[int, set[int]] = {}
+    for file in survey.files.values():
+        writer = _read_record(file).get("writer") if file.kind == "audit" else None
+        if isinstance(writer, int):
+            found.setdefault(writer, set()).add(file.uid)
+    return {writer: sorted(auditors) for writer, auditors in sorted(found.items())}
+
+
 def _read_record(file: StoredFile) -> dict[str, Any]:
     try:
         fd, _ = open_trusted(file.path, frozenset({file.uid}))

@@ -11,7 +11,7 @@ from pathlib import Path
 from hpckv.errors import StoreError
 from hpckv.log import warn_once
 from hpckv.store import bridge
-from hpckv.store.audit import Auditor
+from hpckv.store.audit import TOLERANCE, Auditor
 from hpckv.store.block import BlockGeometry, check_golden_vector
 from hpckv.store.catalog import Catalog
 from hpckv.store.config import StoreConfig
@@ -153,6 +153,8 @@ class _Opening:
             return None
         is_strict = representation.get("numerics") == "strict"
         dtype = str(representation.get("dtype"))
+        if dtype not in TOLERANCE:
+            return None
         return Auditor(shared, self.root, share=self.config.audit, dtype=dtype, is_strict=is_strict)
 
     def _context(self, namespace: Namespace, geometry: BlockGeometry) -> SegmentContext:

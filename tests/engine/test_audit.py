@@ -13,8 +13,10 @@ from hpckv.engine.request import SamplingParams
 from hpckv.kvcache import CacheConfig
 from hpckv.store import StoreConfig
 from hpckv.store.audit import relative_error
+from hpckv.store.inspect import audit_reports
 from hpckv.store.policy import StorePolicy
 from hpckv.store.root import StoreRoot
+from hpckv.store.survey import Survey
 
 CACHE = CacheConfig(block_tokens=8, device_memory="1MiB")
 PARAMS = SamplingParams(max_tokens=6, ignore_eos=True)
@@ -81,6 +83,9 @@ def test_a_wrong_writer_is_found_out_and_no_answer_stays_wrong(checkpoint, store
     assert report["writer"] == os.getuid()
     assert report["block"] == 0
     assert "hpckv store distrust" in caplog.text
+    survey = Survey(StoreRoot.open(store).layout)
+    survey.refresh()
+    assert audit_reports(survey) == {os.getuid(): [os.getuid()]}
 
 
 def test_what_is_unfinished_begins_again(checkpoint, store):
