@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
-from hpckv.engine.request import RunningSequence
+from hpckv.engine.request import RequestState, RunningSequence
 from hpckv.engine.scheduler import Scheduler, StepPlan
 from hpckv.kvcache.kv_pool import KVPool
 from hpckv.store import TieredStore
@@ -26,8 +26,8 @@ class StepAudit:
                 number = seq.num_prompt_tokens // self._pool.geometry.block_tokens
                 self._auditor.submit(seq.keys[:number], [self._pool.read_block(page) for page in seq.pages[:number]])
 
-    def restart_if_needed(self) -> Sequence[RunningSequence]:
-        """When a writer was found out, forget everything that was cached and let all unfinished sequences begin again.
+    def restart_if_needed(self, states: Iterable[RequestState]) -> Sequence[RunningSequence]:
+        """When a writer was found out, forget everything that was cached and let all unanswered requests begin again.
 
         Draws depend on seed and position only, so sequences that had used nothing wrong come to the same text.
         """
@@ -35,6 +35,9 @@ class StepAudit:
             return []
         self._store.forget_copies()
         restarted = self._scheduler.restart_all()
-        for seq in restarted:
+        finished = [seq for state in states if not state.error for seq in state.sequences if seq.finish_reason]
+        for seq in (*restarted, *finished):
             seq.begin_again()
-        return restarted
+        for seq in finished:  # beside unfinished ones of the same request
+            self._scheduler.add(seq)
+        return [*restarted, *finished]

@@ -225,7 +225,7 @@ class Engine:
         """Compute one step; the answers it finished."""
         start, waited = time.perf_counter(), self.times.load_s
         audit = self._loaded.audit if self._loaded else None
-        for seq in audit.restart_if_needed() if audit else ():
+        for seq in audit.restart_if_needed(self._states.values()) if audit else ():
             self._streams.pop(seq, None)
         plan = self.scheduler.next_step()
         while not plan.chunks and (loading := self.scheduler.loading):

@@ -143,7 +143,7 @@ class RunningSequence(CachedSequence):
         """Forget everything that was generated."""
         del self.tokens[self.num_prompt_tokens :]
         del self.keys[self._num_prompt_keys :]
-        self.logprobs, self.text = [], ""
+        self.logprobs, self.text, self.finish_reason = [], "", None
 
     @property
     def params(self) -> SamplingParams:

@@ -145,11 +145,12 @@ class Scheduler:
         return dropped
 
     def restart_all(self) -> list[RunningSequence]:
-        """Nothing that is cached may be used any more: take every running sequence's pages, to compute all of it again."""
-        restarted = list(self.running)
-        for seq in restarted:
+        """Nothing that is cached or loaded may be used any more: all that is unfinished is to be computed again."""
+        for seq in list(self.running):
             self._preempt(seq)
-        for seq in self._loading:
+        restarted = [seq for *_, seq in self._waiting] + [seq for held in self._held.values() for seq in held]
+        restarted += self._loading
+        for seq in restarted:
             self.cache.give_up(seq)
         self.cache.disown()
         return restarted

@@ -202,8 +202,9 @@ class CacheManager:
         self._end_fetch(seq)
 
     def disown(self) -> None:
-        """Nothing that is on the device now is matched any more; running sequences keep their pages."""
+        """Nothing that is on the device now is matched any more, and what was offered to the store is offered again."""
         self.pool.disown()
+        self._offloaded.clear()
 
     def take_arrived(self) -> list[bytes]:
         """Keys that nobody is fetching any more: those who waited for them may ask again."""

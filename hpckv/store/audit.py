@@ -21,6 +21,7 @@ import numpy as np
 from blake3 import blake3
 
 from hpckv.store.bridge import to_float32
+from hpckv.store.catalog import Catalog
 from hpckv.store.durable import publish
 from hpckv.store.fetch import DaemonPool
 from hpckv.store.file_tier import FileTier
@@ -46,8 +47,21 @@ class AuditStats:
 class Auditor:
     """Compares blocks of one shared tier with freshly computed ones, in a thread that nobody waits for long."""
 
-    def __init__(self, tier: FileTier, root: StoreRoot, *, share: float, dtype: str, is_strict: bool) -> None:
-        """`share` of the requests are audited; in strict mode every bit must agree."""
+    def __init__(
+        self,
+        tier: FileTier,
+        root: StoreRoot,
+        *,
+        share: float,
+        dtype: str,
+        is_strict: bool,
+        catalogs: Sequence[Catalog] = (),
+    ) -> None:
+        """`share` of the requests are audited; in strict mode every bit must agree.
+
+        Whoever is found out is not read through any of `catalogs` either, beside the tier's own.
+        """
+        self._catalogs = [tier.catalog, *catalogs]
         self.stats = AuditStats()
         self._tier, self._root, self._share = tier, root, share
         self._dtype, self._tolerance = dtype, 0.0 if is_strict else TOLERANCE[dtype]
@@ -97,17 +111,21 @@ class Auditor:
         if found is None:
             return True
         stored, writers = found
-        error = relative_error(stored, own, self._dtype)
         self.stats.blocks += 1
-        is_equal = bytes(stored) == bytes(own) if self._tolerance == 0 else error <= self._tolerance
-        if is_equal:
+        if stored == own:
+            return True
+        if not np.isfinite(to_float32(own, self._dtype)).all():
+            return False  # a model that overflows can tell nothing about others
+        error = relative_error(stored, own, self._dtype)
+        if error <= self._tolerance:
             self.stats.worst_error = max(self.stats.worst_error, error)
             return True
         self.stats.mismatches += 1
         with self._lock:
             self._distrusted |= writers
         for uid in sorted(writers):
-            self._tier.catalog.distrust(uid)
+            for catalog in self._catalogs:
+                catalog.distrust(uid)
             _log.error(
                 "store %s: block %d of a prefix, written by uid %d, is not what the model computes (relative error %.2g, "
                 "tolerance %.2g); nothing of that user's is used any more in this run. Tell the store's owner: "

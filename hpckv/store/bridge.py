@@ -105,5 +105,8 @@ class BridgeTier(Tier):
     def evict(self, num_bytes: int) -> int:
         return 0
 
+    def take_back(self) -> None:
+        pass
+
     def close(self) -> None:
         self._tier.close()

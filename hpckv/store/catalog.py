@@ -131,10 +131,13 @@ class Catalog:
         with self._lock:
             self._owner_of(path).waiting[path.name] = math.inf if for_good else time.monotonic() + _RETRY_S
             self._published.pop(path, None)
-            number = self._numbers.pop(path, None)
-            if number is not None:
-                self._index(self._boxes.pop(number)).remove(number)
-                del self._paths[number]
+            self._drop(path)
+
+    def _drop(self, path: Path) -> None:
+        number = self._numbers.pop(path, None)
+        if number is not None:
+            self._index(self._boxes.pop(number)).remove(number)
+            del self._paths[number]
 
     def distrust(self, uid: int) -> None:
         """Use nothing of this user's any more."""
@@ -163,8 +166,8 @@ class Catalog:
             owner = self._owners.setdefault(uid, OwnerListing(uid))
             try:
                 self._refresh_owner(owner)
-            except OSError as error:
-                warn_once(_log, f"{self.own_folder(uid)}: {error.strerror}; its blocks are not used")
+            except Exception as error:  # noqa: BLE001 - whatever one user's files hold concerns nobody else's
+                warn_once(_log, f"{self.own_folder(uid)}: {error}; its blocks are not used")
 
     def _lead(self, node: NodeIndex) -> None:
         """Look, and leave what is there for the node's other processes."""
@@ -190,7 +193,7 @@ class Catalog:
         try:
             while True:  # the first to start are faster than the leader's first look
                 try:
-                    view = node.news()
+                    view = node.news(again=self._has_due())
                     break
                 except FileNotFoundError:
                     if node.leads():
@@ -214,13 +217,19 @@ class Catalog:
                     self.add(path, keys, box)
         return None
 
+    def _has_due(self) -> bool:
+        """Whether something that could not be read is to be tried again."""
+        now = time.monotonic()
+        with self._lock:
+            return any(at <= now for owner in self._owners.values() for at in owner.waiting.values())
+
     def _stay_without(self) -> None:
         """What this process could not read stays out of a view that has it, until it is to be tried again."""
         now = time.monotonic()
         for owner in self._owners.values():
             for name, at in list(owner.waiting.items()):
                 if at > now:
-                    self.forget(self.own_folder(owner.uid) / name, for_good=at == math.inf)
+                    self._drop(self.own_folder(owner.uid) / name)
                 else:
                     del owner.waiting[name]
 
@@ -317,7 +326,7 @@ class Catalog:
                 files[name] = IndexFile.read(indexes / name, self._context, frozenset({owner.uid}))
             except FileNotFoundError:
                 continue
-            except (UnusableFileError, OSError) as error:
+            except (UnusableFileError, OSError, MemoryError) as error:
                 warn_once(_log, f"{indexes / name}: {error}; the segments are looked at instead")
         superseded = {name.hex() for file in files.values() for name in file.supersedes}
         for name, file in files.items():

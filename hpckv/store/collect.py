@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import secrets
 import threading
 import time
@@ -15,16 +16,20 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from hpckv.errors import HpckvError
 from hpckv.log import warn_once
 from hpckv.quantity import format_bytes
 from hpckv.store.config import PINNED_S
 from hpckv.store.durable import publish
+from hpckv.store.foreign_file import UnusableFileError
 from hpckv.store.policy import StorePolicy
 from hpckv.store.root import StoreRoot
-from hpckv.store.survey import StoredFile, Survey, Use, merged_heat_record
+from hpckv.store.segment import read_trailer
+from hpckv.store.survey import HEAT_EVERY_S, StoredFile, Survey, Use, merged_heat_record
 
 _log = logging.getLogger(__name__)
 
+_TEMPORARY = re.compile(r"\.tmp-[0-9a-f]+-(?P<host>.+)-(?P<pid>[0-9]+)")
 _HEAT_FILES = 8
 """Own heat files from which on they are merged."""
 
@@ -60,8 +65,8 @@ def in_order_of_worth(
 
 def is_expired(file: StoredFile, use: Use, now: float, keep_s: float) -> bool:
     """Whether it has not been used for as long as it should be kept, by its own class or else by the store's `keep_s`."""
-    kept = use.keep_s or keep_s
-    return kept != PINNED_S and now - _touched(file, use) > kept
+    kept = use.keep_s + HEAT_EVERY_S if use.keep_s else keep_s  # a use may not be logged yet
+    return use.keep_s != PINNED_S and now - _touched(file, use) > kept
 
 
 def _touched(file: StoredFile, use: Use) -> float:
@@ -115,6 +120,8 @@ class Collector:
         self._survey = Survey(root.layout)
         self._uid = os.getuid()
         self._lock = threading.Lock()
+        self._classes: dict[Path, int] = {}
+        """`keep_s` of own segments by their trailers, as far as they were looked at."""
         self.num_deleted = 0
         self.deleted_bytes = 0
 
@@ -147,8 +154,29 @@ class Collector:
         )
 
     def _delete_excess(self, num_bytes: int, num_files: int) -> list[StoredFile]:
+        while True:
+            victims = self._excess(num_bytes, num_files)
+            unsure = [f for f in victims if f.path not in self._classes]
+            for file in unsure:  # a log may be late or lost; what the file itself says is read before it goes
+                self._classes[file.path] = self._class_of(file)
+            if not any(self._classes[f.path] for f in unsure):
+                return [file for file in victims if self._delete(file)]
+
+    def _class_of(self, file: StoredFile) -> int:
+        """`keep_s` of its trailer; 0 if there is none to be read."""
+        try:
+            epoch_key = self._root.epoch_key(int(file.namespace.rpartition(".")[2]))
+            return read_trailer(file.path, epoch_key, frozenset({self._uid})).keep_s
+        except (OSError, UnusableFileError, HpckvError, ValueError):
+            return 0
+
+    def _excess(self, num_bytes: int, num_files: int) -> list[StoredFile]:
+        """Which own segments must go."""
         now, policy = time.time(), self._root.policy
-        ordered = in_order_of_worth(self._survey.segments(), self._survey.uses(now), policy.keep_days * 86400, now)
+        uses = self._survey.uses(now)
+        for path, keep_s in self._classes.items():
+            uses[path] = uses.get(path, Use()) + Use(keep_s=keep_s)
+        ordered = in_order_of_worth(self._survey.segments(), uses, policy.keep_days * 86400, now)
         victims: dict[Path, StoredFile] = {}
         for limit in limits(policy, self._survey, self._uid):
             for file in choose(limit, ordered, more_bytes=num_bytes, more_files=num_files):
@@ -159,7 +187,7 @@ class Collector:
                     break
                 victims[file.path] = file
                 short -= file.num_bytes
-        return [file for file in victims.values() if file.uid == self._uid and self._delete(file)]
+        return [file for file in victims.values() if file.uid == self._uid]
 
     def _delete_expired(self) -> list[StoredFile]:
         """Delete own segments whose own class says so; what only the store's `keep_days` says waits for pressure."""
@@ -221,7 +249,7 @@ def is_orphan(file: StoredFile) -> bool:
     """Whether a temporary file's writer is gone: a process of this host and boot that lives no more, or simply too old."""
     if time.time() - file.written_at > ORPHAN_S:
         return True
-    parts = file.path.name.rsplit("-", 2)  # .tmp-RANDOM-HOST-PID
-    if len(parts) != 3 or not parts[2].isdecimal() or parts[1] != os.uname().nodename:
+    found = _TEMPORARY.fullmatch(file.path.name)
+    if found is None or found["host"] != os.uname().nodename:
         return False
-    return not Path(f"/proc/{parts[2]}").exists()
+    return not Path(f"/proc/{found['pid']}").exists()

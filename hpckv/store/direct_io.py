@@ -90,7 +90,8 @@ class BufferPool:
 
     def give_back(self, memory: np.ndarray) -> None:
         # Runs in whichever thread lets the last reference go, also within take(): no lock, appending is atomic.
-        if len(self._idle) < self._max_idle:
+        # Memory that somebody was told of must not become another's.
+        if self.on_new or len(self._idle) < self._max_idle:
             self._idle.append(memory)
 
 

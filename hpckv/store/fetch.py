@@ -50,6 +50,12 @@ class DaemonPool:
         with self._lock:
             self._num_hanging += change
 
+    @property
+    def is_exhausted(self) -> bool:
+        """Whether every thread hangs that there may be: nothing more would be done."""
+        with self._lock:
+            return self._num_hanging >= 4 * self.num_threads
+
     def _run(self) -> None:
         while True:
             self._work.get()()

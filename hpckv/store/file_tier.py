@@ -6,8 +6,10 @@ in the caller's buffer. Nothing of another user's is ever written or deleted.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
+import resource
 import secrets
 import threading
 import time
@@ -28,14 +30,14 @@ from hpckv.store.foreign_file import UnusableFileError, is_gone
 from hpckv.store.root import StoreRoot
 from hpckv.store.segment import Segment, SegmentContext, StoredBlock
 from hpckv.store.segment_writer import SegmentWriter
-from hpckv.store.survey import heat_record
+from hpckv.store.survey import HEAT_EVERY_S, heat_record
 from hpckv.store.throttle import RateLimit
 from hpckv.store.tier import PutOutcome, Tier, TierStats
 
 _log = logging.getLogger(__name__)
 
-_OPEN_FILES = 256
-_HEAT_EVERY_S = 600.0
+_OPEN_FILES = max(16, min(256, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 16))
+"""Segments held open, of up to two descriptors each, by each of up to four tiers: half of what a process may open."""
 
 
 class FileTier(Tier):
@@ -80,9 +82,10 @@ class FileTier(Tier):
         self._lock = threading.Lock()
         self._collector = root and Collector(root, is_pinned=self._is_pinned, on_deleted=self._forget)
         self._reads: Counter[Path] = Counter()
+        self._sealed: list[Path] = []
         self._keep_s, self._unlogged_keeps = keep_s, dict[Path, int]()
         self._heat_folder = root and own and root.layout.heat(os.getuid())
-        self._next_heat = time.monotonic() + _HEAT_EVERY_S
+        self._next_heat = time.monotonic() + HEAT_EVERY_S
         self._root, self._patience_s = root, patience_s
         self._write_limit = write_limit
         self._writer = own and SegmentWriter(
@@ -96,6 +99,7 @@ class FileTier(Tier):
             is_durable=is_durable,
             make_room=self._make_room,
             patience_s=patience_s,
+            slowest=write_limit.bytes_per_s / 2 if write_limit else None,
         )
         self._try(catalog.refresh)
         self._refresh_s = refresh_s
@@ -184,6 +188,7 @@ class FileTier(Tier):
     def _on_sealed(self, path: Path, keys: np.ndarray, num_bytes: int) -> None:
         self.catalog.add(path, keys, self.geometry.box)
         self.stats.written_bytes += num_bytes
+        self._sealed.append(path)
         if self._keep_s:
             self._unlogged_keeps[path] = self._keep_s
         if self._budget is not None and (excess := self._own_bytes() - self._budget) > 0:
@@ -229,6 +234,18 @@ class FileTier(Tier):
                 continue  # somebody else's collector was faster
             freed += size
         return freed
+
+    def take_back(self) -> None:
+        """Drop what is not written yet, delete what this process wrote; of copies, also what others left here."""
+        if self._writer:
+            self._writer.discard()
+        if self.keeps_copies_only:
+            self.evict(1 << 62)
+        for path in self._sealed:
+            self._forget(path)
+            with contextlib.suppress(OSError):
+                path.unlink()
+        self._sealed.clear()
 
     def close(self) -> None:
         if self._is_closing.is_set():
@@ -282,7 +299,13 @@ class FileTier(Tier):
             users = self._root.layout.users
             named = [{str(path.relative_to(users)): n for path, n in counts.items()} for counts in (reads, keeps)]
             record = heat_record(named[0], time.time(), named[1])
-            publish(self._heat_folder / f"{secrets.token_hex(16)}.json", [record], gid=self._root.policy.group)
+            try:
+                publish(self._heat_folder / f"{secrets.token_hex(16)}.json", [record], gid=self._root.policy.group)
+            except OSError:
+                with self._lock:  # for the next time
+                    self._reads.update(reads)
+                    self._unlogged_keeps.update(keeps)
+                raise
 
     def _refresh_loop(self) -> None:
         # Never joined: it may hang in a dead filesystem's system call.
@@ -290,7 +313,7 @@ class FileTier(Tier):
             try:
                 self.catalog.refresh()
                 if time.monotonic() > self._next_heat:
-                    self._next_heat = time.monotonic() + _HEAT_EVERY_S
+                    self._next_heat = time.monotonic() + HEAT_EVERY_S
                     self._log_heat()
             except Exception as error:  # noqa: BLE001 - a store in trouble is a store without news
                 warn_once(_log, f"store {self.catalog.layout.root}: {error}; its news are not seen")

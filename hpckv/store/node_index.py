@@ -81,10 +81,10 @@ class NodeIndex:
         publish(self._view, parts, mode=0o400, is_durable=False)
         self._not_before = time.monotonic() + _BUSY_SHARE * (time.monotonic() - start)
 
-    def news(self) -> View | None:
-        """The leader's view if it is another than the last time; raises `UnusableFileError` or `OSError`."""
+    def news(self, *, again: bool = False) -> View | None:
+        """The leader's view if it is another than the last time, or `again`; raises `UnusableFileError` or `OSError`."""
         status = self._view.stat()
-        if (status.st_ino, status.st_mtime_ns) == self._seen:
+        if (status.st_ino, status.st_mtime_ns) == self._seen and not again:
             return None
         fd, status = open_trusted(self._view, frozenset({os.getuid()}))
         try:

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
 import os
+import stat
 from dataclasses import replace
 from pathlib import Path
+
+from blake3 import blake3
 
 from hpckv.errors import StoreError
 from hpckv.log import warn_once
@@ -85,8 +89,9 @@ class _Opening:
     ) -> None:
         self.config, self.root, self.namespace = config, root, namespace
         self.epoch_key = root.epoch_key()
-        self.local = None if local is None else StoreLayout(local / f"hpckv-{os.getuid()}" / root.policy.uuid)
+        self.local = None if local is None else _own_local_folder(local, root)
         """What is this user's of this store on the node's own disk."""
+        self._catalogs: list[Catalog] = []
         self.context = self._context(namespace, geometry)
         self.buffers = BufferPool(geometry.block_bytes)
 
@@ -110,7 +115,6 @@ class _Opening:
         """Copies on this node's disk, shared by this user's processes here."""
         catalog = Catalog(layout, self.context, trusted_uids=frozenset({os.getuid()}))
         own = catalog.own_folder(os.getuid())
-        layout.root.mkdir(parents=True, mode=0o700, exist_ok=True)
         own.mkdir(parents=True, exist_ok=True)
         return FileTier(
             catalog,
@@ -155,7 +159,14 @@ class _Opening:
         dtype = str(representation.get("dtype"))
         if dtype not in TOLERANCE:
             return None
-        return Auditor(shared, self.root, share=self.config.audit, dtype=dtype, is_strict=is_strict)
+        return Auditor(
+            shared,
+            self.root,
+            share=self.config.audit,
+            dtype=dtype,
+            is_strict=is_strict,
+            catalogs=self._catalogs,
+        )
 
     def _context(self, namespace: Namespace, geometry: BlockGeometry) -> SegmentContext:
         return SegmentContext(
@@ -168,13 +179,12 @@ class _Opening:
 
     def _catalog(self, context: SegmentContext) -> Catalog:
         trusted = frozenset({os.getuid()}) if self.config.private else self.root.trusted_uids()
-        return Catalog(
-            self.root.layout,
-            context,
-            trusted_uids=trusted,
-            distrusted_uids=self.root.policy.distrusted,
-            node=self._node(context),
+        distrusted = self.root.policy.distrusted
+        catalog = Catalog(
+            self.root.layout, context, trusted_uids=trusted, distrusted_uids=distrusted, node=self._node(context)
         )
+        self._catalogs.append(catalog)
+        return catalog
 
     def _node(self, context: SegmentContext) -> NodeIndex | None:
         """What the processes of this node share of one namespace's index."""
@@ -202,6 +212,26 @@ class _Opening:
             warn_once(_log, f"store {own}: {error.strerror}; reading only")
             return None
         return own
+
+
+def _own_local_folder(local: Path, root: StoreRoot) -> StoreLayout | None:
+    """This user's part of the node's disk for one store; None, said once, where it is not this user's alone.
+
+    Whoever is not trusted any more may have left copies in it: another folder then.
+    """
+    base = local / f"hpckv-{os.getuid()}"
+    try:
+        base.mkdir(mode=0o700, exist_ok=True)
+        status = base.lstat()
+        if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.getuid() or status.st_mode & 0o077:
+            raise PermissionError(errno.EPERM, "not a folder of yours alone")
+        listed = json.dumps(root.policy.distrusted).encode()
+        folder = base / (root.policy.uuid + (f"-{blake3(listed).hexdigest(8)}" if root.policy.distrusted else ""))
+        folder.mkdir(mode=0o700, exist_ok=True)
+    except OSError as error:
+        warn_once(_log, f"{base}: {error.strerror}; nothing is copied to this node's disk")
+        return None
+    return StoreLayout(folder)
 
 
 def _salted(root: StoreRoot, namespace: Namespace) -> Namespace:

@@ -29,7 +29,6 @@ TRAILER_BYTES = 512
 _FIELDS = struct.Struct("<8sIIQIIIIIIIIIIIIIIQQQQQQ32s32s")
 _MAC_BYTES = 32
 _UNKNOWN = -2
-_OPENING = threading.Lock()
 _TABLES = ("keys", "parents", "positions", "digests", "scales")
 
 
@@ -161,6 +160,19 @@ class Trailer:
         )
 
 
+def read_trailer(path: Path, epoch_key: bytes, trusted_uids: frozenset[int] | None = None) -> Trailer:
+    """A segment's trailer alone; raises `UnusableFileError` or `OSError`."""
+    fd, status = open_trusted(path, trusted_uids)
+    try:
+        if status.st_size < TRAILER_BYTES:
+            raise UnusableFileError("too short")
+        data = bytearray(TRAILER_BYTES)
+        read_into(fd, memoryview(data), status.st_size - TRAILER_BYTES)
+        return Trailer.parse(bytes(data), epoch_key)
+    finally:
+        os.close(fd)
+
+
 class Segment:
     """An open segment file, authenticated. Its tiles are verified one by one as they are read."""
 
@@ -172,6 +184,7 @@ class Segment:
         self.path = path
         self._epoch_key = seal.epoch_key
         self._direct_fd = _UNKNOWN
+        self._opening = threading.Lock()
         self._fd, status = open_trusted(path, trusted_uids)
         self.owner, self.file_bytes, self.written_at = status.st_uid, status.st_size, status.st_mtime
         try:
@@ -280,7 +293,7 @@ class Segment:
 
     def _read_payload(self, into: memoryview, offset: int) -> None:
         if self._direct_fd == _UNKNOWN:
-            with _OPENING:
+            with self._opening:
                 if self._direct_fd == _UNKNOWN:
                     self._direct_fd = open_direct(self._fd)
         read_past_cache(self._fd, self._direct_fd, into, offset)

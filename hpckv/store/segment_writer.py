@@ -11,7 +11,7 @@ import queue
 import secrets
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -46,10 +46,12 @@ class SegmentWriter:
         is_durable: bool = True,
         make_room: Callable[[int], bool] = lambda num_bytes: True,
         patience_s: float = 120.0,
+        slowest: float | None = None,
     ) -> None:
         """`make_room` is asked before each file is written, with its size; without room the blocks are dropped.
 
-        A device that has not taken a flush after `patience_s` seconds, and those that its bytes may take, is given up.
+        A device that has not taken a flush after `patience_s` seconds, and those that its bytes may take at `slowest` bytes
+        a second, is given up.
         """
         self.num_lost = 0
         """Blocks that were taken and could not be written."""
@@ -57,6 +59,7 @@ class SegmentWriter:
         self._segment_bytes, self._seal_s, self._keep_s = segment_bytes, seal_s, keep_s
         self._gid, self._is_durable, self._make_room = gid, is_durable, make_room
         self._is_writing, self._is_hanging, self._patience_s = True, False, patience_s
+        self._slowest = min(_SLOWEST, slowest or _SLOWEST)
         self._lock = threading.Lock()
         self._open: dict[bytes, StoredBlock] = {}
         self._opened_at = 0.0
@@ -90,6 +93,13 @@ class SegmentWriter:
                     return blocks[key]
         return None
 
+    def discard(self) -> None:
+        """Forget every block that is in no published segment yet."""
+        with self._lock:
+            for blocks in (self._open, *self._sealing):
+                self.num_lost += len(blocks)
+                blocks.clear()
+
     def flush(self) -> None:
         """Seal and publish everything; on return it is in the folder or counted in `num_lost`."""
         with self._lock:
@@ -97,7 +107,7 @@ class SegmentWriter:
                 self._seal_open()
         if self._is_hanging:
             return
-        limit_s = self._patience_s + self.num_pending * self._context.geometry.block_bytes / _SLOWEST
+        limit_s = self._patience_s + self.num_pending * self._context.geometry.block_bytes / self._slowest
         with self._work.all_tasks_done:
             self._is_hanging = not self._work.all_tasks_done.wait_for(lambda: not self._work.unfinished_tasks, limit_s)
         if self._is_hanging:
@@ -141,7 +151,7 @@ class SegmentWriter:
                 self._work.task_done()
                 return
             try:
-                self._seal(list(blocks.values()))
+                self._seal(blocks)
             except Exception as error:  # noqa: BLE001 - any failure here only costs a later recomputation
                 self._give_up(len(blocks), error)
             finally:
@@ -149,13 +159,21 @@ class SegmentWriter:
                     self._sealing.remove(blocks)
                 self._work.task_done()
 
-    def _seal(self, blocks: Sequence[StoredBlock]) -> None:
+    def _seal(self, collected: dict[bytes, StoredBlock]) -> None:
+        """Publish them, unless they are discarded meanwhile."""
+        with self._lock:
+            blocks = list(collected.values())
+        if not blocks:
+            return
         path = self._folder / f"{secrets.token_hex(16)}.h5"
         parts = build_segment(self._context, blocks, keep_s=self._keep_s)
         if not self._make_room(sum(map(len, parts))):
             self.num_lost += len(blocks)
             return
         publish(path, parts, gid=self._gid, is_durable=self._is_durable, is_direct=self._is_durable)
+        if not collected:
+            path.unlink(missing_ok=True)
+            return
         keys = np.frombuffer(b"".join(b.key for b in blocks), np.uint8).reshape(len(blocks), -1)
         self._on_sealed(path, keys, sum(map(len, parts)))
 

@@ -20,7 +20,7 @@ class RateLimit:
 
     def __init__(self, bytes_per_s: float) -> None:
         assert bytes_per_s > 0
-        self._bytes_per_s = bytes_per_s
+        self.bytes_per_s = bytes_per_s
         self._lock = threading.Lock()
         self._free_at = 0.0
 
@@ -31,7 +31,7 @@ class RateLimit:
             start = max(now, self._free_at)
             if start - now > max_wait_s:
                 return False
-            self._free_at = start + num_bytes / self._bytes_per_s
+            self._free_at = start + num_bytes / self.bytes_per_s
         time.sleep(start - now)
         return True
 
@@ -75,6 +75,9 @@ class ThrottledTier(Tier):
 
     def evict(self, num_bytes: int) -> int:
         return self._tier.evict(num_bytes)
+
+    def take_back(self) -> None:
+        self._tier.take_back()
 
     def close(self) -> None:
         self._tier.close()

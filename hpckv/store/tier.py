@@ -126,6 +126,10 @@ class Tier(ABC):
     def evict(self, num_bytes: int) -> int:
         """Free at least `num_bytes` of unpinned blocks if there are so many; returns the bytes freed."""
 
+    def take_back(self) -> None:
+        """Drop whatever this process put here, where it still can: some of it is wrong."""
+        self.evict(1 << 62)
+
     @abstractmethod
     def close(self) -> None:
         """flush(), then give back threads and descriptors; idempotent."""

@@ -22,8 +22,6 @@ from hpckv.store.tier import PutOutcome, Tier
 _log = logging.getLogger(__name__)
 
 _READERS = 4
-_LOCAL_SEGMENT_BYTES = 64 * 1024**2
-_LOCAL_SEAL_S = 5.0
 
 
 class TieredStore:
@@ -50,11 +48,12 @@ class TieredStore:
         """What blocks are read into."""
         self.breakers = [Breaker() for _ in tiers]
         self._deadline_s = deadline_s
+        self._generation = 0
         self._pool = DaemonPool(_READERS, "hpckv-read")
 
     def match(self, keys: Sequence[bytes]) -> int:
         """How many of a prefix's leading blocks some tier believes to have. No I/O."""
-        if not self.reads or not keys:
+        if not self.reads or not keys or self._pool.is_exhausted:
             return 0
         found = np.zeros(len(keys), dtype=bool)
         for tier, breaker in zip(self.tiers, self.breakers, strict=True):
@@ -71,6 +70,7 @@ class TieredStore:
         """
         if not self.reads:
             return None
+        generation = self._generation
         for number, (tier, breaker) in enumerate(zip(self.tiers, self.breakers, strict=True)):
             if breaker.is_open or not tier.present([block.key])[0]:
                 continue
@@ -78,9 +78,9 @@ class TieredStore:
             payload = tier.get(block.key)
             if payload is not None:
                 breaker.note_success()
-                for nearer in self.tiers[:number]:
-                    if tier.is_bridge and nearer.survives_process:
-                        continue
+                # A copy of a converted block would look like one of our own; and nothing is copied that was found out meanwhile.
+                nearer_tiers = [] if tier.is_bridge or generation != self._generation else self.tiers[:number]
+                for nearer in nearer_tiers:
                     nearer.put(StoredBlock(block.key, block.parent, block.position, payload), keeps_payload=True)
                 return Loaded(tier.name, payload, tier.is_bridge)
         return None
@@ -122,10 +122,10 @@ class TieredStore:
         return any(outcome is not PutOutcome.DROPPED for outcome in outcomes)
 
     def forget_copies(self) -> None:
-        """Drop what nearer tiers hold of farther ones: some of it was found to be wrong."""
+        """Drop what this run holds or wrote: some of it was found to be wrong, or was computed after what was."""
+        self._generation += 1
         for tier in self.tiers:
-            if tier.keeps_copies_only or not tier.survives_process:
-                tier.evict(1 << 62)
+            tier.take_back()
 
     def flush(self) -> None:
         for tier in self.tiers:

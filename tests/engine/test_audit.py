@@ -108,6 +108,27 @@ def test_what_is_unfinished_begins_again(checkpoint, store):
     assert found == wanted
 
 
+def test_what_was_computed_on_wrong_blocks_is_taken_back(checkpoint, store):
+    folder = checkpoint("llama")
+    wanted = tokens(engine(folder))
+    poison(folder, store)
+    poisoned = {path.name for path in store.rglob("*.h5")}
+    longer = SamplingParams(max_tokens=20, ignore_eos=True, n=2, temperature=1.0)
+    running = engine(folder, store, audit=1e-9, seal_s=0.01)  # what it computes is published at once
+    running.store.auditor.wants = lambda request_id: request_id == "11"
+    right = [answer.token_ids for answer in engine(folder).generate(prompts(), longer)]
+    found = list(running.generate(prompts(), longer))
+    auditor = running.store.auditor
+    running.close()
+    assert auditor.stats.mismatches == 1
+    # What was answered before is lost, what was unanswered is right, and nothing wrong is left of this run.
+    assert [a.token_ids for a in found][-1] == right[-1]
+    for path in store.rglob("*.h5"):
+        if path.name in poisoned:
+            path.unlink()
+    assert tokens(engine(folder, store)) == wanted
+
+
 def test_a_private_store_is_not_audited(checkpoint, tmp_path):
     plain = engine(checkpoint("llama"), tmp_path / "own", audit=1.0)
     assert plain.store.auditor is None

@@ -1,5 +1,7 @@
 """A block in another dtype: the same values where they fit, never a wrong one, and it goes no further."""
 
+import os
+
 import numpy as np
 import pytest
 import torch
@@ -9,6 +11,8 @@ from hypothesis import strategies as st
 from hpckv.store import Identity, Namespace, StoreConfig, open_store
 from hpckv.store.block import BlockGeometry
 from hpckv.store.bridge import convert, sibling, sources
+from hpckv.store.policy import StorePolicy
+from hpckv.store.root import StoreRoot
 from hpckv.store.segment import StoredBlock
 
 TORCH = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -81,7 +85,7 @@ def test_a_sibling_serves_counted_apart_and_reaches_no_disk(tmp_path):
     wanted = (bits.astype(np.uint32) << 16).view(np.float32).astype(np.float16)
     assert bytes(loaded.payload) == wanted.tobytes()
     assert {tier.label: tier.stats.hits for tier in store.tiers if tier.stats.hits} == {"shared from bfloat16": 1}
-    assert store.load(StoredBlock(KEY, bytes(32), 0, b"")).tier == "host"
+    assert store.load(StoredBlock(KEY, bytes(32), 0, b"")).is_bridged, "no copy that would pass for one of our own"
     store.close()
     assert [p.parent.name for p in tmp_path.rglob("*.h5")] == [f"{BF16.name}.0"]
 
@@ -105,11 +109,22 @@ def test_a_value_that_does_not_fit_refuses_the_block(tmp_path):
 
 
 def test_the_store_may_allow_less_than_the_run_asks_for(tmp_path):
-    from hpckv.store.policy import StorePolicy
-    from hpckv.store.root import StoreRoot
-
     StoreRoot.create(tmp_path / "kv", StorePolicy.new(bridging="off"))
     fp16, geometry = sibling(BF16, GEOMETRY, "float16")
     store = opened(tmp_path / "kv", fp16, geometry, bridging="any")
     assert not any(tier.is_bridge for tier in store.tiers)
+    store.close()
+
+
+def test_a_writer_who_is_found_out_is_not_read_over_bridges_either(tmp_path):
+    StoreRoot.create(tmp_path / "kv", StorePolicy.new(group=os.getgid()))
+    writer = opened(tmp_path / "kv", BF16, GEOMETRY)
+    writer.save(StoredBlock(KEY, bytes(32), 0, bytes(GEOMETRY.block_bytes)))
+    writer.close()
+    fp16, geometry = sibling(BF16, GEOMETRY, "float16")
+    store = opened(tmp_path / "kv", fp16, geometry)
+    assert store.match([KEY]) == 1
+    for catalog in store.auditor._catalogs:
+        catalog.distrust(os.getuid())
+    assert store.match([KEY]) == 0
     store.close()

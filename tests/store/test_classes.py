@@ -40,7 +40,7 @@ def test_a_class_expires_and_only_that(tmp_path):
     for number, keep in enumerate(["5min", "1h", "7d", "pinned", "default"]):
         put(root.layout.root, [number], keep=keep)
     gone = []
-    for seconds in (60, 600, 7200, 8 * DAY, 40 * DAY):
+    for seconds in (60, 1200, 7200, 8 * DAY, 40 * DAY):
         aged(root, seconds)
         collected(root)
         gone.append(get(root.layout.root, range(5)).count(False))
@@ -129,3 +129,33 @@ def test_what_is_no_class_is_refused(keep):
     with pytest.raises(ConfigError) as caught:
         StoreConfig(shared="x", keep=keep)
     assert "\n" not in str(caught.value)
+
+
+def test_pinned_stays_pinned_without_its_log(tmp_path):
+    root = opened(tmp_path / "kv", quota=Quota(files=30))
+    put(root.layout.root, [1], keep="pinned")
+    for log in root.layout.heat(os.getuid()).iterdir():
+        log.unlink()
+    for number in range(2, 40):
+        put(root.layout.root, [number])
+    assert get(root.layout.root, [1, 2, 39]) == [True, False, True]
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b'{"v": 1, "time": 1, "reads": {}, "keeps": {"UID/x": Infinity}}',
+        b'{"v": 1, "time": 1, "reads": {"x": 1e400}, "keeps": {}}',
+        b'{"v": 1, "time": 1, "reads": {"x": ' + b"9" * 5000 + b'}, "keeps": {}}',
+        b"[" * 100_000,
+    ],
+)
+def test_a_log_of_nonsense_is_no_log(tmp_path, content):
+    root = opened(tmp_path / "kv")
+    put(root.layout.root, [1], keep="1h")
+    log = root.layout.heat(os.getuid()) / "nonsense.json"
+    log.write_bytes(content.replace(b"UID", str(os.getuid()).encode()))
+    log.chmod(0o440)
+    assert put(root.layout.root, [2])
+    assert get(root.layout.root, [1, 2]) == [True, True]
+    collected(root)

@@ -11,7 +11,7 @@ import pytest
 
 from hpckv.quantity import ByteSize
 from hpckv.store import Identity, Namespace, StoreConfig, open_store
-from hpckv.store.collect import ORPHAN_S, Collector, in_order_of_worth
+from hpckv.store.collect import ORPHAN_S, Collector, in_order_of_worth, is_orphan
 from hpckv.store.policy import Quota, StorePolicy
 from hpckv.store.root import StoreRoot
 from hpckv.store.survey import StoredFile, Survey, Use, heat_record, read_heat
@@ -194,3 +194,16 @@ def test_eight_processes_of_three_users_keep_a_quota_of_half_of_what_they_write(
     assert sum(computed for computed, _ in results) > 2 * 20 * 4, "half of what they write must not fit"
     assert len({f.uid for f in found.segments()}) == 3
     assert json.loads((store / "STORE.json").read_text())["quota"]["bytes"] == str(quota)
+
+
+@pytest.mark.parametrize("host", ["node1", "gpu-node-07", os.uname().nodename])
+def test_whose_temporary_file_it_is_is_told_on_hosts_of_any_name(tmp_path, monkeypatch, host):
+    system = os.uname()
+    monkeypatch.setattr(os, "uname", lambda: type(system)((system.sysname, host, *system[2:])))
+
+    def left_by(pid: int) -> StoredFile:
+        path = tmp_path / f".tmp-{3:016x}-{host}-{pid}"
+        return StoredFile(path, os.getuid(), "temporary", 1, time.time())
+
+    assert is_orphan(left_by(2**22 + 1))
+    assert not is_orphan(left_by(os.getpid()))

@@ -162,3 +162,15 @@ def test_a_damaged_index_only_costs_opening_the_segments(tmp_path):
     path.write_bytes(b"nonsense")
     path.chmod(0o440)
     assert catalog(tmp_path).present([make_block(n).key for n in range(40)]).all()
+
+
+@pytest.mark.filterwarnings("default")
+def test_an_index_file_that_claims_a_petabyte_costs_only_itself(tmp_path):
+    write_segments(tmp_path, range(4))
+    folder = catalog(tmp_path).own_indexes(os.getuid())
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{7:032x}.idx"
+    with path.open("wb") as file:
+        file.truncate(1 << 43)
+    path.chmod(0o440)
+    assert catalog(tmp_path).present([make_block(n).key for n in range(4)]).all()
