@@ -34,7 +34,7 @@ class StoreConfig(Config, frozen=True):
     """Use blocks that the same model left in another dtype, converted: `off`; `exact`, where every value stays what it is
     (bfloat16 to float16 and float32, float16 to float32); `any`, also where values are rounded. The store may allow less.
     What was bridged is counted apart and declared in provenance.json."""
-    segment_size: ByteSize = ByteSize(128 * 1024**2)
+    segment_size: ByteSize = ByteSize(256 * 1024**2)
     """A segment is sealed when it holds so many bytes of blocks (or at the end, or after `seal_s`)."""
     seal_s: float = 60.0
     """Longest time a computed block waits in an open segment, seconds."""
