@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import threading
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -121,8 +122,11 @@ class Engine:
             device=device,
             shares_prefixes=self.config.share_prefix_attention,
         )
+        buffers = self.store.buffers if self.store else None
+        pool = KVPool(self.pages.geometry, num_pages=self.pages.num_pages, dtype=dtype, device=device, buffers=buffers)
+        if buffers:  # there is time while the weights are read
+            threading.Thread(target=buffers.reserve, name="hpckv-reserve", daemon=True).start()
         decoder = Decoder(self.model_config, folder, backend, dtype=dtype, device=device)
-        pool = KVPool(self.pages.geometry, num_pages=self.pages.num_pages, dtype=dtype, device=device)
         cache = CacheManager(
             self.pages.num_pages,
             block_tokens,

@@ -21,7 +21,9 @@ from hpckv.kvcache import CacheManager
 from hpckv.kvcache.cache_manager import Admission
 
 _READ_AHEAD = 8
-"""Sequences whose stored blocks are fetched at once, ahead of their turn; bounds the memory they take."""
+"""Sequences whose stored blocks are fetched at once, ahead of their turn,"""
+_READ_AHEAD_TOKENS = 4096
+"""as long as they have no more tokens than this: it bounds the memory they take."""
 
 
 @dataclass(frozen=True)
@@ -186,7 +188,7 @@ class Scheduler:
                 seq,
                 may_evict_wanted=not self.running,
                 reserve=len(self.running),
-                may_fetch=len(self._loading) < _READ_AHEAD,
+                may_fetch=self._may_fetch,
             )
             if outcome in (Admission.NO_PAGES, Admission.BUSY):
                 return
@@ -203,6 +205,11 @@ class Scheduler:
             self.running.append(seq)
             plan.add(ScheduledChunk.next_of(seq, limit))
             self._wake(self.cache.take_arrived())
+
+    @property
+    def _may_fetch(self) -> bool:
+        ahead = sum(len(seq.tokens) for seq in self._loading)
+        return len(self._loading) < _READ_AHEAD and ahead < _READ_AHEAD_TOKENS
 
     def _collect_loaded(self) -> None:
         """Sequences whose blocks came (or will not) may ask for admission again."""

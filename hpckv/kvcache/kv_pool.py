@@ -26,11 +26,22 @@ _log = logging.getLogger(__name__)
 class KVPool:
     """Keys and values of every layer: one (L, 2, X, K, H) tensor; page p is slots [p * S, (p + 1) * S)."""
 
-    def __init__(self, geometry: BlockGeometry, *, num_pages: int, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(
+        self,
+        geometry: BlockGeometry,
+        *,
+        num_pages: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        buffers: BufferPool | None = None,
+    ) -> None:
+        """Blocks are copied out into `buffers`."""
         g = geometry
         self.geometry = geometry
         self.num_pages = num_pages
-        self._buffers = BufferPool(geometry.block_bytes, on_new=pin_memory if device.type == "cuda" else None)
+        self._buffers = buffers or BufferPool(geometry.block_bytes)
+        if device.type == "cuda":
+            self._buffers.on_new = pin_memory
         shape = (g.num_layers, 2, num_pages * g.block_tokens, g.num_kv_heads, g.head_dim)
         self.tensor = torch.empty(shape, dtype=dtype, device=device)
         # Padding is masked out, but 0 * NaN would not be.
@@ -62,8 +73,6 @@ class StoreConnector(Connector):
 
     def __init__(self, pool: KVPool, store: TieredStore, policy: LoadPolicy) -> None:
         self._pool, self._store, self.policy = pool, store, policy
-        if pool.tensor.is_cuda and store.buffers:
-            store.buffers.on_new = pin_memory
 
     def match(self, keys: Sequence[bytes]) -> int:
         return self._store.match(keys)

@@ -42,15 +42,20 @@ _LOCAL_SEAL_S = 5.0
 _SIBLING_REFRESH_S = 60.0
 
 
-def open_store(config: StoreConfig, namespace: Namespace, geometry: BlockGeometry) -> TieredStore:
-    """Open the store of `config`; raises `StoreError` or `AccessError` if it is not usable.
+def open_store(
+    config: StoreConfig, namespace: Namespace, geometry: BlockGeometry, *, buffers: BufferPool | None = None
+) -> TieredStore:
+    """Open the store of `config`; raises `StoreError` or `AccessError` if it is not usable. Blocks are read into `buffers`.
 
     Where there is none yet, a private one is made. One that can be read and not written is used for reading, said once.
     """
     check_golden_vector()
     path = Path(config.shared)
     try:
-        opening = within(config.deadline_s, lambda: _look(config, path, namespace, geometry))
+        opening = within(
+            config.deadline_s,
+            lambda: _look(config, path, namespace, geometry, buffers or BufferPool(geometry.block_bytes)),
+        )
     except TimeoutError as error:
         raise StoreError(f"store {path}: {error.strerror}") from None
     tiers: list[Tier] = []
@@ -73,19 +78,27 @@ def open_store(config: StoreConfig, namespace: Namespace, geometry: BlockGeometr
     )
 
 
-def _look(config: StoreConfig, path: Path, namespace: Namespace, geometry: BlockGeometry) -> _Opening:
+def _look(
+    config: StoreConfig, path: Path, namespace: Namespace, geometry: BlockGeometry, buffers: BufferPool
+) -> _Opening:
     """The store, its key, and where this node keeps copies."""
     root = StoreRoot.open(path) if StoreRoot.exists(path) else StoreRoot.create(path, StorePolicy.new())
     if config.private:
         namespace = _salted(root, namespace)
-    return _Opening(config, root, namespace, geometry, find_local_folder(config.local, path))
+    return _Opening(config, root, namespace, geometry, find_local_folder(config.local, path), buffers)
 
 
 class _Opening:
     """What the tiers of one store have in common."""
 
     def __init__(
-        self, config: StoreConfig, root: StoreRoot, namespace: Namespace, geometry: BlockGeometry, local: Path | None
+        self,
+        config: StoreConfig,
+        root: StoreRoot,
+        namespace: Namespace,
+        geometry: BlockGeometry,
+        local: Path | None,
+        buffers: BufferPool,
     ) -> None:
         self.config, self.root, self.namespace = config, root, namespace
         self.epoch_key = root.epoch_key()
@@ -93,7 +106,7 @@ class _Opening:
         """What is this user's of this store on the node's own disk."""
         self._catalogs: list[Catalog] = []
         self.context = self._context(namespace, geometry)
-        self.buffers = BufferPool(geometry.block_bytes)
+        self.buffers = buffers
 
     def shared_tier(self) -> FileTier:
         catalog = self._catalog(self.context)

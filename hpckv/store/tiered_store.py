@@ -37,7 +37,7 @@ class TieredStore:
         writes: bool = True,
         deadline_s: float = 10.0,
         auditor: Auditor | None = None,
-        buffers: BufferPool | None = None,
+        buffers: BufferPool,
     ) -> None:
         """`epoch_key` and `identity` enter the block keys. A `fetch()` waits for no block longer than `deadline_s`."""
         self.tiers = list(tiers)
@@ -45,7 +45,7 @@ class TieredStore:
         self.reads, self.writes = reads, writes
         self.auditor = auditor
         self.buffers = buffers
-        """What blocks are read into."""
+        """What blocks are read into and written from."""
         self.breakers = [Breaker() for _ in tiers]
         self._deadline_s = deadline_s
         self._generation = 0

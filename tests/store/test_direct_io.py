@@ -126,7 +126,9 @@ def test_a_buffer_is_lent_again_only_after_its_last_view_is_gone():
 
 
 def test_idle_buffers_are_bounded_and_threads_share_a_pool():
-    pool = BufferPool(ALIGNMENT, max_idle=3)
+    pool = BufferPool(ALIGNMENT, max_idle_bytes=3 * ALIGNMENT)
+    pool.reserve()
+    assert len(pool._idle) == 3
     views = [pool.take() for _ in range(10)]
     del views
     assert len(pool._idle) == 3
