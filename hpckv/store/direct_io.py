@@ -80,7 +80,7 @@ class BufferPool:
         self,
         num_bytes: int,
         *,
-        max_idle_bytes: int = 512 * 1024**2,
+        max_idle_bytes: int = 1024**3,
         on_new: Callable[[int, int], None] | None = None,
     ) -> None:
         """At most `max_idle_bytes` of unused buffers are kept. `on_new(address, num_bytes)` hears of new memory, to pin it, say."""
