@@ -29,7 +29,7 @@ from hpckv.quantity import ByteSize
 from hpckv.store import BlockGeometry, Identity, Namespace, StoreConfig, open_store
 from hpckv.store.block_index import BlockIndex, Entries
 from hpckv.store.catalog import Catalog
-from hpckv.store.direct_io import aligned_buffer
+from hpckv.store.direct_io import ALIGNMENT, aligned_buffer
 from hpckv.store.durable import publish
 from hpckv.store.fetch import Fetch
 from hpckv.store.index_file import IndexedSegment, IndexFile
@@ -141,6 +141,46 @@ def bandwidth(where: Path, gib: float, rounds: int, table: Table, name: str) -> 
             table.add_row(name, step, kind, f"{gib / wall:.2f}", f"{raw_s / wall:.2f}", f"{cpu / gib:.2f}", every)
 
 
+def parts(folder: Path, table: Table) -> None:
+    """CPU seconds a GiB of what a verified read is made of, each alone, in one thread."""
+    size, count = GEOMETRY.block_bytes, 128
+    key = bytes(32)
+    with tempfile.TemporaryDirectory(dir=folder) as place:
+        write_raw(Path(place), blocks(count))
+        fd = os.open(Path(place) / "raw", os.O_RDONLY)
+        direct_fd = os.open(Path(place) / "raw", os.O_RDONLY | os.O_DIRECT)
+        buffer = aligned_buffer(size)
+        buffer[:] = np.random.default_rng(0).bytes(size)
+
+        def touch() -> None:
+            kept = [aligned_buffer(size) for _ in range(count)]
+            for memory in kept:
+                np.frombuffer(memory, np.uint8)[::ALIGNMENT] = 1
+
+        def digest() -> None:
+            for _ in range(count):
+                GEOMETRY.digests(key, key, buffer)
+
+        def read(from_fd: int) -> None:
+            for number in range(count):
+                os.preadv(from_fd, [buffer], number * size)
+
+        works = {
+            "digests of 128 KiB tiles": digest,
+            "read past the page cache": lambda: read(direct_fd),
+            "read through it, cold": lambda: read(fd),
+            "read from it": lambda: read(fd),
+            "first touch of memory": touch,
+        }
+        for name, work in works.items():
+            if name.endswith("cold"):
+                drop_cache(Path(place))
+            wall, cpu = timed(work)
+            table.add_row(name, f"{wall:.2f}", f"{cpu:.2f}")
+        os.close(fd)
+        os.close(direct_fd)
+
+
 def lookups(num_blocks: int, table: Table) -> None:
     """An index of so many blocks: memory, and microseconds a key."""
     rng = np.random.default_rng(0)
@@ -206,6 +246,9 @@ def main() -> None:
         bandwidth(args.memory, args.gib, args.rounds, table, "memory")
     console = Console(width=110, highlight=False)
     console.print(table)
+    alone = Table("part", "s a GiB", "CPU s a GiB", title="Alone, in one thread", title_justify="left")
+    parts(args.folder, alone)
+    console.print(alone)
     found = Table("blocks", "keys at once", "us a key", "bytes a block", title="Look-up", title_justify="left")
     lookups(args.blocks, found)
     console.print(found)

@@ -55,13 +55,13 @@ class Auditor:
         share: float,
         dtype: str,
         is_strict: bool,
-        catalogs: Sequence[Catalog] = (),
+        catalogs: Sequence[Catalog],
     ) -> None:
         """`share` of the requests are audited; in strict mode every bit must agree.
 
-        Whoever is found out is not read through any of `catalogs` either, beside the tier's own.
+        Whoever is found out is not read through any of `catalogs` any more.
         """
-        self._catalogs = [tier.catalog, *catalogs]
+        self._catalogs = catalogs
         self.stats = AuditStats()
         self._tier, self._root, self._share = tier, root, share
         self._dtype, self._tolerance = dtype, 0.0 if is_strict else TOLERANCE[dtype]

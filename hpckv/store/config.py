@@ -25,7 +25,8 @@ class StoreConfig(Config, frozen=True):
     local_size: ByteSize = ByteSize(200 * 1024**3)
     """Budget of the node-local copies."""
     host_size: ByteSize = ByteSize(1024**3)
-    """Budget of the host RAM tier; 0 turns it off."""
+    """Budget of the host RAM tier; 0 turns it off. Buffers for reading and writing take up to 1 GiB beside it (128 blocks at
+    most)."""
     read: bool = True
     """Look prefixes up in the store."""
     write: Literal["all", "planned", "off"] = "planned"
@@ -53,8 +54,8 @@ class StoreConfig(Config, frozen=True):
     """Share of the requests that compute their whole prefix themselves, to compare what other users stored of it. A writer
     whose blocks do not agree is not read any more. Only in a store that a group shares."""
     deadline_s: float = 10.0
-    """Longest time a request waits for stored blocks before they are computed instead, and the start and the end of a run for
-    a store that does not answer, seconds."""
+    """Longest time a request waits for stored blocks before they are computed instead, and each step of the start and the end of
+    a run for a store that does not answer, seconds."""
 
     def __post_init__(self) -> None:
         if not self.seal_s > 0:

@@ -29,7 +29,7 @@ def open_direct(fd: int, mode: int = os.O_RDONLY) -> int:
         return -1
     if mode != os.O_RDONLY:
         return direct_fd
-    # Asking the cache for a page would else make it read ahead what is then read directly: thrice the CPU time, measured.
+    # Asking the cache for a page would else make it read ahead what is then read directly.
     os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_RANDOM)
     return direct_fd
 
@@ -72,8 +72,8 @@ def aligned_buffer(num_bytes: int) -> memoryview:
 class BufferPool:
     """Page-aligned buffers of one size. A buffer is used again once nobody refers to it or a part of it any more.
 
-    Memory that is touched for the first time costs more than what is read into it (0.8 s of CPU a GiB on one machine), so
-    buffers are kept, and some can be reserved while there is time.
+    The first touch of memory can cost more than what is read into it (`bench/store.py` shows it), so buffers are kept, and
+    some can be reserved while there is time.
     """
 
     def __init__(

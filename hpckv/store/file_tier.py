@@ -82,7 +82,6 @@ class FileTier(Tier):
         self._lock = threading.Lock()
         self._collector = root and Collector(root, is_pinned=self._is_pinned, on_deleted=self._forget)
         self._reads: Counter[Path] = Counter()
-        self._sealed: list[Path] = []
         self._keep_s, self._unlogged_keeps = keep_s, dict[Path, int]()
         self._heat_folder = root and own and root.layout.heat(os.getuid())
         self._next_heat = time.monotonic() + HEAT_EVERY_S
@@ -188,7 +187,6 @@ class FileTier(Tier):
     def _on_sealed(self, path: Path, keys: np.ndarray, num_bytes: int) -> None:
         self.catalog.add(path, keys, self.geometry.box)
         self.stats.written_bytes += num_bytes
-        self._sealed.append(path)
         if self._keep_s:
             self._unlogged_keeps[path] = self._keep_s
         if self._budget is not None and (excess := self._own_bytes() - self._budget) > 0:
@@ -237,15 +235,17 @@ class FileTier(Tier):
 
     def take_back(self) -> None:
         """Drop what is not written yet, delete what this process wrote; of copies, also what others left here."""
-        if self._writer:
-            self._writer.discard()
+        published = self._writer.discard() if self._writer else []
+        for path in published:
+            self._forget(path)
+        self._try(partial(self._delete, published))
+
+    def _delete(self, published: Sequence[Path]) -> None:
         if self.keeps_copies_only:
             self.evict(1 << 62)
-        for path in self._sealed:
-            self._forget(path)
+        for path in published:
             with contextlib.suppress(OSError):
                 path.unlink()
-        self._sealed.clear()
 
     def close(self) -> None:
         if self._is_closing.is_set():

@@ -64,6 +64,7 @@ class SegmentWriter:
         self._open: dict[bytes, StoredBlock] = {}
         self._opened_at = 0.0
         self._sealing: list[dict[bytes, StoredBlock]] = []
+        self._published: list[Path] = []
         self._work: queue.Queue[dict[bytes, StoredBlock] | None] = queue.Queue()
         self._threads: list[threading.Thread] = []
 
@@ -93,12 +94,14 @@ class SegmentWriter:
                     return blocks[key]
         return None
 
-    def discard(self) -> None:
-        """Forget every block that is in no published segment yet."""
+    def discard(self) -> list[Path]:
+        """Forget every block that is in no published segment yet; returns the segments that were published."""
         with self._lock:
             for blocks in (self._open, *self._sealing):
                 self.num_lost += len(blocks)
                 blocks.clear()
+            published, self._published = self._published, []
+        return published
 
     def flush(self) -> None:
         """Seal and publish everything; on return it is in the folder or counted in `num_lost`."""
@@ -171,6 +174,9 @@ class SegmentWriter:
             self.num_lost += len(blocks)
             return
         publish(path, parts, gid=self._gid, is_durable=self._is_durable, is_direct=self._is_durable)
+        with self._lock:
+            if collected:
+                self._published.append(path)
         if not collected:
             path.unlink(missing_ok=True)
             return

@@ -46,12 +46,8 @@ def describe_store(engine: Engine) -> list[str]:
     trips = sum(breaker.num_trips for breaker in engine.store.breakers)
     if trips:
         lines.append(f"store: turned off for a while {trips} times, because it did not answer")
-    stored = sum(
-        tier.stats.stored for tier in engine.store.tiers if not tier.keeps_copies_only and tier.survives_process
-    )
-    dropped = sum(
-        tier.stats.dropped for tier in engine.store.tiers if not tier.keeps_copies_only and tier.survives_process
-    )
+    keepers = [tier.stats for tier in engine.store.tiers if not tier.keeps_copies_only and tier.survives_process]
+    stored, dropped = sum(stats.stored for stats in keepers), sum(stats.dropped for stats in keepers)
     if stored or dropped:
         lost = f"; {format_count(dropped * size)} could not be kept" if dropped else ""
         lines.append(f"store: {format_count(stored * size)} tokens kept for later runs{lost}")

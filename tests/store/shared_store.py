@@ -4,7 +4,7 @@ import os
 from pathlib import Path
 
 from hpckv.quantity import ByteSize
-from hpckv.store import Identity, Namespace, StoreConfig, open_store
+from hpckv.store import Identity, Namespace, StoreConfig, TieredStore, open_store
 from hpckv.store.policy import StorePolicy
 from hpckv.testing.tier_suite import GEOMETRY, make_block
 from tests.store.users import PROJECT
@@ -14,6 +14,12 @@ NAMESPACE = Namespace(Identity(weights="w", config={"a": 1}), {"dtype": "bfloat1
 
 def policy(**changes) -> StorePolicy:
     return StorePolicy.new(**{"group": PROJECT, **changes})
+
+
+def small_tiers(store: Path, **options) -> TieredStore:
+    """A store whose segments hold three blocks, without host memory."""
+    settings = {"write": "all", "host_size": ByteSize(0), "segment_size": ByteSize(3 * GEOMETRY.block_bytes), **options}
+    return open_store(StoreConfig(shared=str(store), **settings), NAMESPACE, GEOMETRY)
 
 
 def put(store: Path, numbers, **changes) -> list[str]:
@@ -29,10 +35,16 @@ def get(store: Path, numbers, **changes) -> list[bool]:
     """Which blocks are found, each with the right bytes."""
     config = StoreConfig(**{"shared": str(store), "write": "off", "host_size": ByteSize(0), **changes})
     tiers = open_store(config, NAMESPACE, GEOMETRY)
+    found = found_in(tiers, numbers)
+    return [number in found for number in numbers]
+
+
+def found_in(tiers: TieredStore, numbers) -> list[int]:
+    """The blocks that are found, each with the right bytes; closes the tiers."""
     found = []
     for number in numbers:
-        loaded = tiers.load(make_block(number))
-        assert not loaded or bytes(loaded.payload) == make_block(number).payload
-        found.append(loaded is not None)
+        if loaded := tiers.load(make_block(number)):
+            assert bytes(loaded.payload) == make_block(number).payload
+            found.append(number)
     tiers.close()
     return found

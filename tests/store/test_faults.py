@@ -21,7 +21,6 @@ import pytest
 
 from hpckv.errors import AccessError, StoreError
 from hpckv.quantity import ByteSize
-from hpckv.store import Identity, Namespace, StoreConfig, open_store
 from hpckv.store.collect import Collector
 from hpckv.store.compact import compact
 from hpckv.store.inspect import check
@@ -30,8 +29,8 @@ from hpckv.store.root import StoreRoot
 from hpckv.store.survey import Survey
 from hpckv.testing.tier_suite import GEOMETRY, make_block
 from tests.store.faults import KINDS, Faults
+from tests.store.shared_store import found_in, small_tiers
 
-NAMESPACE = Namespace(Identity(weights="w", config={"a": 1}), {"dtype": "bfloat16", "block_tokens": 4})
 OLD = range(100, 112)
 REFUSED = 69
 
@@ -41,9 +40,8 @@ class RefusedError(Exception):
 
 
 def tiers(store: Path, **options):
-    settings = {"write": "all", "host_size": ByteSize(0), "segment_size": ByteSize(3 * GEOMETRY.block_bytes), **options}
     with refusing():
-        return open_store(StoreConfig(shared=str(store), **settings), NAMESPACE, GEOMETRY)
+        return small_tiers(store, **options)
 
 
 @contextlib.contextmanager
@@ -70,14 +68,7 @@ def write(store: Path, numbers, acknowledge=lambda numbers: None) -> None:
 
 
 def read(store: Path, numbers, **options) -> list[int]:
-    one = tiers(store, write="off", **options)
-    found = []
-    for number in numbers:
-        if loaded := one.load(make_block(number)):
-            assert bytes(loaded[1]) == make_block(number).payload
-            found.append(number)
-    one.close()
-    return found
+    return found_in(tiers(store, write="off", **options), numbers)
 
 
 def do_write(store, acknowledge):

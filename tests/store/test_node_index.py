@@ -77,7 +77,8 @@ def test_an_unchanged_view_is_not_read_again(tmp_path):
     assert other._node.news() is None
 
 
-def test_what_a_follower_published_stays_found_until_the_leader_shows_it(tmp_path):
+def publishing_follower(tmp_path):
+    """A leader, a follower, and the follower's tier with block 1 published, which the leader has not seen."""
     leader, other = member(tmp_path), follower(tmp_path)
     leader.refresh()
     other.refresh()
@@ -86,6 +87,11 @@ def test_what_a_follower_published_stays_found_until_the_leader_shows_it(tmp_pat
     tier = FileTier(other, CONTEXT, folder, refresh_s=1e6)
     tier.put(make_block(1))
     tier.flush()
+    return leader, other, tier
+
+
+def test_what_a_follower_published_stays_found_until_the_leader_shows_it(tmp_path):
+    leader, other, tier = publishing_follower(tmp_path)
     write_segments(tmp_path / "kv", [2, 3])
     assert present(other, [1]) == [True]
     leader.refresh()
@@ -96,14 +102,7 @@ def test_what_a_follower_published_stays_found_until_the_leader_shows_it(tmp_pat
 
 
 def test_what_a_follower_published_and_lost_does_not_come_back(tmp_path):
-    leader, other = member(tmp_path), follower(tmp_path)
-    leader.refresh()
-    other.refresh()
-    folder = other.own_folder(os.getuid())
-    folder.mkdir(parents=True)
-    tier = FileTier(other, CONTEXT, folder, refresh_s=1e6)
-    tier.put(make_block(1))
-    tier.flush()
+    leader, other, tier = publishing_follower(tmp_path)
     ((path, _),) = other.places(make_block(1).key)
     path.unlink()  # somebody's collector, before the leader has looked
     assert tier.get(make_block(1).key) is None

@@ -11,7 +11,7 @@ from hpckv.errors import AccessError, StoreError
 from hpckv.store.catalog import INDEX_FROM
 from hpckv.store.root import StoreRoot
 from tests.store.shared_store import get, policy, put
-from tests.store.users import MEMBER, OTHER, OWNER, PROJECT, STRANGER, as_user, reachable
+from tests.store.users import MEMBER, OTHER, OWNER, PROJECT, STRANGER, as_user, reachable, readable, successes
 
 pytestmark = pytest.mark.root
 
@@ -83,28 +83,13 @@ def test_no_operation_on_anothers_files_succeeds(store):
             "create in the root": lambda: (store / "x").touch(),
             "create a plan": lambda: (store / "plan" / "x").touch(),
         }
-        done = []
-        for name, attempt in tries.items():
-            try:
-                attempt()
-            except OSError:
-                continue
-            done.append(name)
-        return done
+        return successes(tries)
 
     assert as_user(OTHER, attempts) == []
 
-    def looks() -> list[str]:
-        seen = []
-        for path in (store / "STORE.json", store / "key" / "0.key", store / "u", user, folder, victim):
-            try:
-                os.scandir(path) if path.is_dir() else path.read_bytes()
-            except OSError:
-                continue
-            seen.append(str(path))
-        return seen
-
-    assert as_user(STRANGER, looks) == []
+    looked_at = [store / "STORE.json", store / "key" / "0.key", store / "u", user, folder, victim]
+    assert as_user(STRANGER, lambda: readable(looked_at)) == []
+    assert as_user(MEMBER, lambda: readable(looked_at)) == [str(path) for path in looked_at]
     assert as_user(STRANGER, attempts) == []
 
 

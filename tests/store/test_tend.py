@@ -6,24 +6,16 @@ import secrets
 
 import pytest
 
-from hpckv.quantity import ByteSize
-from hpckv.store import Identity, Namespace, StoreConfig, open_store
 from hpckv.store.compact import compact
 from hpckv.store.inspect import check, namespaces
 from hpckv.store.root import StoreRoot
 from hpckv.store.survey import Survey
 from hpckv.testing.tier_suite import GEOMETRY, make_block
-
-NAMESPACE = Namespace(Identity(weights="w", config={"a": 1}), {"dtype": "bfloat16", "block_tokens": 4})
-
-
-def tiers(store, **options):
-    settings = {"write": "all", "host_size": ByteSize(0), "segment_size": ByteSize(3 * GEOMETRY.block_bytes), **options}
-    return open_store(StoreConfig(shared=str(store), **settings), NAMESPACE, GEOMETRY)
+from tests.store.shared_store import found_in, small_tiers
 
 
 def write(store, numbers):
-    one = tiers(store)
+    one = small_tiers(store)
     for n, number in enumerate(numbers, start=1):
         one.save(make_block(number))
         if n % 3 == 0:
@@ -32,14 +24,7 @@ def write(store, numbers):
 
 
 def hits(store, numbers):
-    one = tiers(store, write="off")
-    found = []
-    for number in numbers:
-        if loaded := one.load(make_block(number)):
-            assert bytes(loaded[1]) == make_block(number).payload
-            found.append(number)
-    one.close()
-    return found
+    return found_in(small_tiers(store, write="off"), numbers)
 
 
 def survey(store):
@@ -146,7 +131,7 @@ def test_compaction_keeps_heat_and_leaves_damaged_segments_alone(tmp_path):
 
 def test_after_a_rotation_nothing_old_is_found_and_old_runs_go_on(tmp_path):
     write(tmp_path, range(3))
-    old = tiers(tmp_path)
+    old = small_tiers(tmp_path)
     StoreRoot.open(tmp_path).rotate()
     assert hits(tmp_path, range(3)) == []
     assert old.match([make_block(n).key for n in range(3)]) == 3

@@ -3,7 +3,8 @@
 import json
 import os
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from pathlib import Path
 
 PROJECT, OUTSIDE = 62001, 62002
@@ -51,3 +52,24 @@ def reachable(folder: Path) -> Path:
         if part.is_relative_to("/tmp") and part != Path("/tmp"):
             part.chmod(part.stat().st_mode | 0o011)
     return folder
+
+
+def successes(attempts: Mapping[str, Callable[[], object]]) -> list[str]:
+    """The names of those attempts that the system does not refuse."""
+    done = []
+    for name, attempt in attempts.items():
+        try:
+            attempt()
+        except OSError:
+            continue
+        done.append(name)
+    return done
+
+
+def readable(paths: Iterable[Path]) -> list[str]:
+    """Those of the files and folders that can be looked into."""
+
+    def look(path: Path) -> object:
+        return os.scandir(path) if path.is_dir() else path.read_bytes()
+
+    return successes({str(path): partial(look, path) for path in paths})
