@@ -27,6 +27,7 @@ from rich.table import Table
 
 from hpckv.quantity import ByteSize
 from hpckv.store import BlockGeometry, Identity, Namespace, StoreConfig, open_store
+from hpckv.store.block import tile_digests
 from hpckv.store.block_index import BlockIndex, Entries
 from hpckv.store.catalog import Catalog
 from hpckv.store.direct_io import ALIGNMENT, aligned_buffer
@@ -159,7 +160,7 @@ def parts(folder: Path, table: Table) -> None:
 
         def digest() -> None:
             for _ in range(count):
-                GEOMETRY.digests(key, key, buffer)
+                tile_digests(key, key, GEOMETRY.tiles, buffer)
 
         def read(from_fd: int) -> None:
             for number in range(count):

@@ -6,7 +6,6 @@ without the secret can test guessed prompts against names (`docs/store-format.md
 
 from __future__ import annotations
 
-import struct
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -20,7 +19,7 @@ DIGEST_BYTES = 16
 Box = tuple[int, int, int, int]
 """A part of every block: KV heads [h0, h1) x layers [l0, l1) of the model."""
 
-_PLACE = struct.Struct("<III")
+_TILES = b"tiles"
 ROOT_KEY = bytes(KEY_BYTES)
 """Parent of a prompt's first block."""
 
@@ -74,14 +73,23 @@ class Tile:
     span: slice
     """Its bytes in the payload of the box it was cut from."""
 
-    def digest(self, epoch_key: bytes, key: bytes, data: memoryview) -> bytes:
-        """Keyed BLAKE3-128 of the block's key, the tile's place in the model, and XXH3-128 of its bytes.
+    @property
+    def place(self) -> int:
+        """Where it lies in the model, as 64 bits."""
+        return self.head << 32 | self.first_layer << 16 | self.end_layer
 
-        What happens to bytes by accident XXH3 sees as surely as BLAKE3 does, at the speed of memory; who could choose bytes
-        to deceive it holds the epoch key and need not.
-        """
-        place = _PLACE.pack(self.head, self.first_layer, self.end_layer)
-        return blake3(key + place + xxh3_128_digest(data), key=epoch_key).digest(DIGEST_BYTES)
+
+def tile_digests(epoch_key: bytes, key: bytes, tiles: Sequence[Tile], data: memoryview) -> bytes:
+    """The digests of consecutive tiles of a block, one after another; `data` are their bytes.
+
+    XXH3-128 of a tile's bytes, seeded with its place, masked with the keyed BLAKE3-128 of the block's key. What happens to
+    bytes by accident XXH3 sees as surely as BLAKE3 does, at the speed of memory; who could choose bytes to deceive it
+    holds the epoch key and need not.
+    """
+    start = tiles[0].span.start
+    bare = [xxh3_128_digest(data[t.span.start - start : t.span.stop - start], seed=t.place) for t in tiles]
+    mask = blake3(_TILES + key, key=epoch_key).digest(DIGEST_BYTES)
+    return bytes(np.frombuffer(b"".join(bare), np.uint8).reshape(-1, DIGEST_BYTES) ^ np.frombuffer(mask, np.uint8))
 
 
 @dataclass(frozen=True)
@@ -148,7 +156,3 @@ class BlockGeometry:
         """Where layers [first_layer, end_layer) of a KV head lie in this box's payload: always one run of bytes."""
         at = ((head - self.first_head) * self.num_layers + first_layer - self.first_layer) * self.layer_bytes
         return slice(at, at + (end_layer - first_layer) * self.layer_bytes)
-
-    def digests(self, epoch_key: bytes, key: bytes, payload: memoryview) -> bytes:
-        """The digests of all tiles, one after another."""
-        return b"".join(tile.digest(epoch_key, key, payload[tile.span]) for tile in self.tiles)

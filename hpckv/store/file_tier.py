@@ -21,6 +21,8 @@ from pathlib import Path
 import numpy as np
 
 from hpckv.log import warn_once
+from hpckv.store.block import Box
+from hpckv.store.boxes import covered
 from hpckv.store.catalog import Catalog
 from hpckv.store.collect import Collector
 from hpckv.store.direct_io import BufferPool
@@ -139,7 +141,7 @@ class FileTier(Tier):
     def _read(self, key: bytes, into: memoryview) -> tuple[str, list[Path]]:
         """Fill the buffer from one segment or several: empty, or why not, and the segments."""
         used: list[Path] = []
-        missing = {(h, n) for h in range(*self.geometry.box[:2]) for n in range(*self.geometry.box[2:])}
+        filled: dict[Box, np.ndarray] = {}
         causes = []
         for path, row in self.catalog.places(key):
             # One more try with a fresh descriptor: the first may be stale.
@@ -149,7 +151,7 @@ class FileTier(Tier):
                     if segment.key(row) != key:
                         causes.append("absent")  # another key of the same prefix
                     else:
-                        missing -= segment.read(row, into, self.geometry)
+                        filled[segment.read(row, into, self.geometry)] = np.ones(1, dtype=bool)
                         with self._lock:
                             self._reads[path] += 1
                         used.append(path)
@@ -160,7 +162,7 @@ class FileTier(Tier):
                     if is_last or isinstance(error, FileNotFoundError):
                         causes.append(self._explain(path, error))
                         break
-            if not missing:
+            if filled and covered(self.geometry.box, filled, 1)[0]:
                 return "", used
         return (causes[-1] if causes else "absent"), used
 

@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 from blake3 import blake3
 
-from hpckv.store.block import DIGEST_BYTES, KEY_BYTES, BlockGeometry
+from hpckv.store.block import DIGEST_BYTES, KEY_BYTES, BlockGeometry, Box, tile_digests
 from hpckv.store.direct_io import aligned_buffer, open_direct, read_past_cache
 from hpckv.store.foreign_file import UnusableFileError, open_trusted, read_into
 from hpckv.store.hdf5_image import build_image
@@ -73,7 +73,9 @@ def build_segment(
         "parents": np.frombuffer(b"".join(b.parent for b in blocks), np.uint8).reshape(count, KEY_BYTES),
         "positions": np.array([b.position for b in blocks], dtype="<u8"),
         "digests": np.frombuffer(
-            b"".join(geometry.digests(context.epoch_key, b.key, p) for b, p in zip(blocks, payloads, strict=True)),
+            b"".join(
+                tile_digests(context.epoch_key, b.key, geometry.tiles, p) for b, p in zip(blocks, payloads, strict=True)
+            ),
             np.uint8,
         ).reshape(count, len(geometry.tiles), DIGEST_BYTES),
         "scales": np.zeros((count, 0), dtype="<f4"),
@@ -236,11 +238,11 @@ class Segment:
     def key(self, row: int) -> bytes:
         return bytes(self.keys[row])
 
-    def read(self, row: int, into: memoryview, wanted: BlockGeometry | None = None) -> set[tuple[int, int]]:
+    def read(self, row: int, into: memoryview, wanted: BlockGeometry | None = None) -> Box:
         """Read what this file has of block `row` for the box `wanted` (this file's own by default), and verify it there.
 
-        `into` is `wanted.block_bytes` long. Returns the (head, layer) pairs that were filled in: all of them if the
-        file's box covers the wanted one. Raises `UnusableFileError` or `OSError`.
+        `into` is `wanted.block_bytes` long. Returns the box that was filled in: the wanted one if the file's covers it.
+        Raises `UnusableFileError` or `OSError`.
         """
         own, wanted = self.geometry, wanted or self.geometry
         at = self._kv_offset + row * own.block_bytes
@@ -264,18 +266,15 @@ class Segment:
                     first, end = max(l0, tile.first_layer), min(l1, tile.end_layer)
                     source = own.span(tile.head, first, end)
                     into[wanted.span(tile.head, first, end)] = data[source.start - start : source.stop - start]
-        return {(head, layer) for head in range(h0, h1) for layer in range(l0, l1)}
+        return h0, h1, l0, l1
 
     def _verify(self, row: int, numbers: range, data: memoryview) -> None:
         """Compare digests of the tiles `numbers`, whose bytes are `data`."""
-        tiles, key = self.geometry.tiles, self.key(row)
-        start, table = tiles[numbers[0]].span.start, row * len(tiles)
-        for number in numbers:
-            span = tiles[number].span
-            found = tiles[number].digest(self._epoch_key, key, data[span.start - start : span.stop - start])
-            place = (table + number) * DIGEST_BYTES
-            if found != self._digests[place : place + DIGEST_BYTES]:
-                raise UnusableFileError(f"block {row} does not verify")
+        tiles = self.geometry.tiles
+        found = tile_digests(self._epoch_key, self.key(row), tiles[numbers.start : numbers.stop], data)
+        place = (row * len(tiles) + numbers.start) * DIGEST_BYTES
+        if found != self._digests[place : place + len(found)]:
+            raise UnusableFileError(f"block {row} does not verify")
 
     def close(self) -> None:
         """Give the descriptor back; idempotent."""

@@ -4,7 +4,15 @@ from blake3 import blake3
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hpckv.store.block import GOLDEN_KEYS, ROOT_KEY, BlockGeometry, block_key, check_golden_vector, prefix_keys
+from hpckv.store.block import (
+    GOLDEN_KEYS,
+    ROOT_KEY,
+    BlockGeometry,
+    block_key,
+    check_golden_vector,
+    prefix_keys,
+    tile_digests,
+)
 
 EPOCH = bytes(range(32))
 IDENTITY = b"\x11" * 32
@@ -60,6 +68,7 @@ def test_tiles_cover_a_block_exactly_once_in_order():
 def test_a_tile_digest_is_bound_to_key_and_place():
     geometry = BlockGeometry(num_kv_heads=2, num_layers=1, block_tokens=2, head_dim=2, item_bytes=2)
     payload = memoryview(bytes(geometry.block_bytes))
-    digests = geometry.digests(EPOCH, b"a" * 32, payload)
+    digests = tile_digests(EPOCH, b"a" * 32, geometry.tiles, payload)
     assert digests[:16] != digests[16:]
-    assert digests != geometry.digests(EPOCH, b"b" * 32, payload)
+    assert digests[16:] == tile_digests(EPOCH, b"a" * 32, geometry.tiles[1:], payload[len(payload) // 2 :])
+    assert digests != tile_digests(EPOCH, b"b" * 32, geometry.tiles, payload)

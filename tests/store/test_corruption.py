@@ -1,5 +1,6 @@
 """Damage of every kind is detected and nothing damaged is served: each bit, each length, a hundred thousand random flips."""
 
+import itertools
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -158,9 +159,9 @@ def flips_in_boxes(folder: Path, count: int) -> None:
                 filled = segments[which].read(0, memoryview(buffer), geometry)
             except UnusableFileError:
                 num_refused += 1
-                filled = set()
+                filled = (0, 0, 0, 0)
             files[which].mend(place)
-            for head, layer in filled:
+            for head, layer in itertools.product(range(*filled[:2]), range(*filled[2:])):
                 assert buffer[geometry.span(head, layer, layer + 1)] == VALUES[head, layer].tobytes()
         assert count // 30 < num_refused < count // 3
 
