@@ -16,6 +16,7 @@ import torch
 
 from hpckv.attention import make_backend
 from hpckv.device import Capability, choose_dtype, probe
+from hpckv.device.host_memory import keep_freed_memory
 from hpckv.engine.audit import StepAudit
 from hpckv.engine.config import EngineConfig
 from hpckv.engine.request import Answer, Request, RequestState, RunningSequence, SamplingParams, seed_of
@@ -114,6 +115,8 @@ class Engine:
             return
         folder, block_tokens = Path(self.settings.path), self.cache_config.block_tokens
         device, dtype = torch.device(self.capability.kind), getattr(torch, self.dtype_name)
+        if device.type == "cpu":
+            keep_freed_memory()
         if max_tokens_in_use is not None:
             self.pages = self.pages.at_most(max_tokens_in_use)
         backend = make_backend(
