@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Mapping
+from pathlib import Path
 
 _warned: set[str] = set()
 
@@ -21,6 +22,14 @@ def setup(verbosity: int = 0, environ: Mapping[str, str] = os.environ) -> None:
     root.handlers[:] = [handler]
     root.setLevel(level)
     root.propagate = False
+
+
+def to_file(path: Path) -> None:
+    """Send the package's log to the end of a file instead."""
+    handler = logging.FileHandler(path)
+    root = logging.getLogger("hpckv")
+    handler.setFormatter(root.handlers[0].formatter if root.handlers else None)
+    root.handlers[:] = [handler]
 
 
 def warn_once(logger: logging.Logger, message: str) -> None:

@@ -1,4 +1,4 @@
-"""`hpckv run`: answer a file of prompts here, in this process."""
+"""`hpckv run`: answer a file of prompts here: in this process, or in all that `srun` or `mpiexec` started."""
 
 from __future__ import annotations
 
@@ -31,6 +31,7 @@ def run(
     """Run a batch: every prompt is answered once, in DIR/output.jsonl. Started again, it goes on where it stopped.
 
     Example: hpckv run examples/demo.yaml --set engine.max_requests=64 --output runs/second
+    Example: mpiexec -n 4 hpckv run RUN.yaml --set parallel.tp=2 --set parallel.pp=2
 
     Exit codes: 0 all answered; 3 some requests failed; 64 wrong flag or setting; 65 bad input line; 66 missing input;
     69 model or store unusable; 73 output cannot be written; 75 stopped by a signal, run again; 78 does not fit this machine.
@@ -39,7 +40,10 @@ def run(
     watcher = drain.install()
     config = load_run(runfile, flags={"input": batch_input, "output": output}, sets=sets or (), environ=os.environ)
     from hpckv.workload.run import RunOptions, run_batch
+    from hpckv.workload.together import together
 
     is_quiet = not logging.getLogger("hpckv").isEnabledFor(logging.INFO)
     options = RunOptions(skips_bad_lines=skip_bad_lines, allows_errors=allow_errors, is_quiet=is_quiet)
-    raise typer.Exit(run_batch(config, options, watcher))
+    with together(config) as world:
+        code = run_batch(config, options, watcher, world)
+    raise typer.Exit(code)

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import logging
-import threading
 import time
+from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -14,30 +13,26 @@ from typing import Any
 
 import torch
 
-from hpckv.attention import make_backend
-from hpckv.device import Capability, choose_dtype, probe
-from hpckv.device.host_memory import keep_freed_memory
+from hpckv.comm import ParallelConfig, World
 from hpckv.engine.audit import StepAudit
 from hpckv.engine.config import EngineConfig
+from hpckv.engine.executor import Coordinator, Executor, Flight, LocalExecutor
+from hpckv.engine.rank import Rank
 from hpckv.engine.request import Answer, Request, RequestState, RunningSequence, SamplingParams, seed_of
 from hpckv.engine.runner import Runner
-from hpckv.engine.sampler import Draw, sample
+from hpckv.engine.sampler import Sampled
 from hpckv.engine.scheduler import Scheduler, StepPlan
-from hpckv.engine.sizing import PagePlan, build_namespace, plan_pages
+from hpckv.engine.sizing import PagePlan
 from hpckv.errors import CapabilityError, CapacityError, ConfigError
 from hpckv.kvcache import CacheConfig, CacheManager
-from hpckv.kvcache.kv_pool import KVPool, StoreConnector
 from hpckv.kvcache.load_policy import LoadPolicy
-from hpckv.model import ModelConfig, ModelSettings, read_config
-from hpckv.model.decoder import Decoder
+from hpckv.model import ModelSettings
 from hpckv.model.tokenizer import TextStream, Tokenizer
-from hpckv.store import ROOT_KEY, StoreConfig, TieredStore, block_key, open_store, prefix_keys
-
-_log = logging.getLogger(__name__)
+from hpckv.store import ROOT_KEY, StoreConfig, block_key, prefix_keys
+from hpckv.store.audit import Auditor
 
 Prompt = str | Sequence[int] | Sequence[dict[str, Any]]
 
-_LOAD_POLL_S = 0.05
 _NO_STORE_KEY = bytes(32)
 """Key epoch of a process without a store: its block keys are seen by nobody else."""
 
@@ -57,7 +52,7 @@ class StepTimes:
 class _Loaded:
     """What exists only once the weights are in memory."""
 
-    runner: Runner
+    executor: Executor
     cache: CacheManager
     scheduler: Scheduler
     audit: StepAudit | None
@@ -78,33 +73,37 @@ class Engine:
         store: str | Path | StoreConfig | None = None,
         cache: CacheConfig | None = None,
         engine: EngineConfig | None = None,
+        parallel: ParallelConfig | None = None,
+        world: World | None = None,
     ) -> None:
         """Check model, machine and store; the weights are loaded on first use or by `load()`.
 
-        `store` is a folder or a whole `StoreConfig`. Raises `ModelError`, `CapabilityError`, `StoreError`.
+        `store` is a folder or a whole `StoreConfig`. In a `world` of several ranks this is rank 0 of its replica, and the
+        others `serve`. Raises `ModelError`, `CapabilityError`, `StoreError`.
         """
-        self.settings = model if isinstance(model, ModelSettings) else ModelSettings(path=str(model))
-        self.cache_config = cache or CacheConfig()
-        self.config = engine or EngineConfig()
-        folder = Path(self.settings.path)
-        self.model_config: ModelConfig = read_config(folder)
-        self.capability: Capability = probe(self.settings.device)
-        self.dtype_name = choose_dtype(self.settings.dtype, self.model_config.stored_dtype, self.capability)
-        self._refuse_what_is_not_here()
-        self.pages: PagePlan = plan_pages(
-            self.model_config, folder, self.cache_config, self.capability, self.dtype_name
+        settings = model if isinstance(model, ModelSettings) else ModelSettings(path=str(model))
+        if store is not None and not isinstance(store, StoreConfig):
+            store = StoreConfig(shared=str(store))
+        self.rank = Rank(
+            settings,
+            store=store,
+            cache=cache or CacheConfig(),
+            engine=engine or EngineConfig(),
+            parallel=parallel or ParallelConfig(),
+            world=world or World.single(),
         )
-        self.store: TieredStore | None = None
-        self.weights_digest: str | None = None
-        self._writes = "off"
-        self._epoch_key, self._identity = _NO_STORE_KEY, bytes(32)
-        if store is not None:
-            self._open_store(store if isinstance(store, StoreConfig) else StoreConfig(shared=str(store)))
+        self.settings, self.cache_config, self.config = settings, self.rank.cache_config, self.rank.config
+        self.model_config, self.store = self.rank.model_config, self.rank.store
+        self._writes = store.write if store else "off"
+        self._epoch_key = self.store.epoch_key if self.store else _NO_STORE_KEY
+        self._identity = self.store.identity if self.store else bytes(32)
         self.times = StepTimes()
         self.load_policy = LoadPolicy()
         self._states: dict[str, RequestState] = {}
         self._streams: dict[RunningSequence, TextStream] = {}
+        self._flights: deque[Flight] = deque()
         self._loaded: _Loaded | None = None
+        self._is_closed = False
 
     def load(self, max_tokens_in_use: int | None = None) -> None:
         """Load the weights and take the pages; done on first use if not called. Raises `ModelError`.
@@ -113,36 +112,30 @@ class Engine:
         """
         if self._loaded:
             return
-        folder, block_tokens = Path(self.settings.path), self.cache_config.block_tokens
-        device, dtype = torch.device(self.capability.kind), getattr(torch, self.dtype_name)
-        if device.type == "cpu":
-            keep_freed_memory()
-        if max_tokens_in_use is not None:
-            self.pages = self.pages.at_most(max_tokens_in_use)
-        backend = make_backend(
-            self.config.numerics,
-            block_tokens=block_tokens,
-            device=device,
-            shares_prefixes=self.config.share_prefix_attention,
-        )
-        buffers = self.store.buffers if self.store else None
-        pool = KVPool(self.pages.geometry, num_pages=self.pages.num_pages, dtype=dtype, device=device, buffers=buffers)
-        if buffers:  # there is time while the weights are read
-            threading.Thread(target=buffers.reserve, name="hpckv-reserve", daemon=True).start()
-        decoder = Decoder(self.model_config, folder, backend, dtype=dtype, device=device)
+        most = None if max_tokens_in_use is None else self.pages.at_most(max_tokens_in_use).num_pages
+        self.rank.load(most)
+        executor = (LocalExecutor if self.rank.world.is_single else Coordinator)(self.rank, self.load_policy)
         cache = CacheManager(
             self.pages.num_pages,
-            block_tokens,
+            self.cache_config.block_tokens,
             lambda parent, tokens: block_key(self._epoch_key, self._identity, parent or ROOT_KEY, tokens),
-            connector=StoreConnector(pool, self.store, self.load_policy) if self.store else None,
+            connector=executor.connector,
             writes=self._writes,
             reuse=self.cache_config.reuse,
         )
-        runner = Runner(decoder, pool, numerics=self.config.numerics)
-        scheduler = Scheduler(self.config, cache)
-        auditor = self.store.auditor if self.store else None
-        audit = StepAudit(auditor, self.store, pool, scheduler) if self.store and auditor else None
-        self._loaded = _Loaded(runner, cache, scheduler, audit)
+        scheduler = Scheduler(self.config, cache, num_micro_batches=executor.num_in_flight)
+        auditor, pool = self._auditor, self.rank.pool
+        audit = StepAudit(auditor, self.store, pool, scheduler) if self.store and auditor and pool else None
+        self._loaded = _Loaded(executor, cache, scheduler, audit)
+
+    @property
+    def _auditor(self) -> Auditor | None:
+        """A rank alone has whole blocks to compare."""
+        return self.store.auditor if self.store and self.rank.world.is_single else None
+
+    @property
+    def pages(self) -> PagePlan:
+        return self.rank.pages
 
     @property
     def is_loaded(self) -> bool:
@@ -151,8 +144,7 @@ class Engine:
     @property
     def runner(self) -> Runner:
         self.load()
-        assert self._loaded
-        return self._loaded.runner
+        return self.rank.runner
 
     @property
     def cache(self) -> CacheManager:
@@ -210,7 +202,7 @@ class Engine:
             raise ConfigError(f"request id {request.request_id!r} is already queued")
         keys = list(request.keys) if request.keys is not None else self.keys_of(request.prompt_ids)
         state = self._states[request.request_id] = RequestState(request)
-        auditor = self.store.auditor if self.store else None
+        auditor = self._auditor
         for index in range(request.params.n):
             seq = RunningSequence(request, index, list(keys), seed_of(request, index, self.config.seed))
             state.sequences.append(seq)
@@ -229,47 +221,58 @@ class Engine:
         return self._loaded.scheduler.num_unfinished if self._loaded else 0
 
     def step(self) -> list[Answer]:
-        """Compute one step; the answers it finished."""
+        """Compute until one more plan is through; the answers it finished."""
+        self.load()
+        assert self._loaded
         start, waited = time.perf_counter(), self.times.load_s
-        audit = self._loaded.audit if self._loaded else None
+        audit, executor = self._loaded.audit, self._loaded.executor
         for seq in audit.restart_if_needed(self._states.values()) if audit else ():
             self._streams.pop(seq, None)
-        plan = self.scheduler.next_step()
-        while not plan.chunks and (loading := self.scheduler.loading):
-            self._wait_for_load(loading)
+        while len(self._flights) < executor.num_in_flight:
+            executor.note_loads()
             plan = self.scheduler.next_step()
-        if not plan.chunks:
+            if plan.chunks:
+                self.times.schedule_s += time.perf_counter() - start - (self.times.load_s - waited)
+                start, waited = time.perf_counter(), self.times.load_s
+                self._flights.append(self._start(executor, plan))
+                start = time.perf_counter()
+            elif not self._flights and (loading := self.scheduler.loading):
+                begun = time.perf_counter()
+                executor.wait_for_blocks(loading[0].fetch)
+                self.times.load_s += time.perf_counter() - begun
+            else:
+                break
+        if not self._flights:
             return []
-        scheduled = time.perf_counter()
+        return self._land(self._flights.popleft())
+
+    def _start(self, executor: Executor, plan: StepPlan) -> Flight:
+        begun = time.perf_counter()
         try:
-            logits = self.runner.run(plan)
+            flight = executor.start(plan)
         except torch.OutOfMemoryError:
             raise CapabilityError(
                 "the GPU's memory is full; lower cache.device_memory or engine.max_batch_tokens"
             ) from None
-        computed = time.perf_counter()
-        self.scheduler.complete(plan)
-        if audit:
-            audit.note_step(plan)
-        answers = self._append_sampled(plan, logits)
-        if (
-            prompt_tokens := sum(chunk.num_tokens for chunk in plan.chunks if chunk.num_tokens > 1)
-        ) >= plan.num_tokens / 2:
-            self.load_policy.note_prefill(prompt_tokens, computed - scheduled)
-        self.times.schedule_s += scheduled - start - (self.times.load_s - waited)
-        self.times.forward_s += computed - scheduled
-        self.times.sample_s += time.perf_counter() - computed
-        return answers
+        taken = time.perf_counter() - begun
+        self.times.forward_s += taken
+        prompt_tokens = sum(chunk.num_tokens for chunk in plan.chunks if chunk.num_tokens > 1)
+        if prompt_tokens >= plan.num_tokens / 2:
+            self.load_policy.note_prefill(prompt_tokens, taken)
+        return flight
 
-    def _wait_for_load(self, loading: Sequence[RunningSequence]) -> None:
-        """Nothing can be computed until a stored block comes: wait for one, no longer than its deadline."""
-        start = time.perf_counter()
-        fetch = loading[0].fetch
-        if fetch is not None and not fetch.is_done:
-            fetch.arrival.clear()
-            if not fetch.is_done:
-                fetch.arrival.wait(min(_LOAD_POLL_S, fetch.seconds_left + 0.001))
-        self.times.load_s += time.perf_counter() - start
+    def _land(self, flight: Flight) -> list[Answer]:
+        """Wait for a flight and take in what it sampled."""
+        begun = time.perf_counter()
+        sampled = flight.result()
+        landed = time.perf_counter()
+        self.scheduler.complete(flight.plan)
+        if self._loaded and self._loaded.audit:
+            self._loaded.audit.note_step(flight.plan)
+        answers = self._append_sampled(flight.plan, sampled)
+        self.times.forward_s += landed - begun
+        self.times.sample_s += time.perf_counter() - landed
+        return answers
 
     def generate(self, prompts: Iterable[Prompt], params: SamplingParams | None = None) -> Iterator[Answer]:
         """Answer every prompt, yielding in the order of `prompts`. Works through prefixes that prompts share once."""
@@ -295,6 +298,10 @@ class Engine:
         """Forget every unfinished request; their complete blocks stay in cache and store."""
         if not self._loaded:
             return
+        while self._flights:
+            flight = self._flights.popleft()
+            flight.result()
+            self.scheduler.complete(flight.plan)
         self.scheduler.drop_unstarted()
         for seq in list(self.scheduler.running):
             self.scheduler.finish(seq)
@@ -302,9 +309,17 @@ class Engine:
         self._streams.clear()
 
     def close(self) -> None:
-        """Seal what the store still holds open; idempotent."""
-        if self.store:
-            self.store.close()
+        """Seal what the store still holds open; idempotent. In a world of several ranks the others end too."""
+        if not self._is_closed:
+            self._is_closed = True
+            if self.rank.world.watch.is_broken:
+                pass  # the others are gone, or will be
+            elif self._loaded:
+                self.abort_all()
+                self._loaded.executor.finish()
+            elif not self.rank.world.is_single:
+                self.rank.load(0)
+        self.rank.close()
 
     def __enter__(self) -> Engine:
         return self
@@ -314,22 +329,20 @@ class Engine:
     ) -> None:
         self.close()
 
-    def _append_sampled(self, plan: StepPlan, logits_RV: torch.Tensor) -> list[Answer]:
+    def _append_sampled(self, plan: StepPlan, sampled: Sequence[Sampled]) -> list[Answer]:
         sequences = [chunk.seq for chunk in plan.chunks if chunk.samples]
-        draws = [Draw(seq.params, seq.seed, len(seq.tokens)) for seq in sequences]
-        tokens, logprobs = sample(logits_RV, draws)
-        finite = logits_RV.sum(-1).isfinite().tolist()  # one pass: NaN and infinity outlive any sum
-        for seq, token, logprob, is_finite in zip(sequences, tokens, logprobs, finite, strict=True):
-            if not is_finite:  # an answer drawn from these would be silently wrong
-                self._fail(
-                    seq, f"the logits are not finite at position {len(seq.tokens)} (overflow in {self.dtype_name}?)"
-                )
+        for seq, found in zip(sequences, sampled, strict=True):
+            if seq.finish_reason:  # a sibling failed meanwhile
                 continue
-            seq.tokens.append(token)
-            if logprob is not None:
-                seq.logprobs.append(logprob)
-            self._check_stop(seq, token)
-        return self._collect(sequences)
+            if not found.is_finite:  # an answer drawn from these would be silently wrong
+                where = f"at position {len(seq.tokens)} (overflow in {self.rank.dtype_name}?)"
+                self._fail(seq, f"the logits are not finite {where}")
+                continue
+            seq.tokens.append(found.token)
+            if found.logprob is not None:
+                seq.logprobs.append(found.logprob)
+            self._check_stop(seq, found.token)
+        return self._collect([chunk.seq for chunk in plan.chunks])
 
     def _fail(self, seq: RunningSequence, reason: str) -> None:
         state = self._states[seq.request.request_id]
@@ -341,15 +354,17 @@ class Engine:
     def _collect(self, sequences: Sequence[RunningSequence]) -> list[Answer]:
         """Take finished sequences out; the answers that are complete by that."""
         finished = [seq for seq in sequences if seq.finish_reason]
-        states = {seq.request.request_id: self._states[seq.request.request_id] for seq in finished}
-        for state in states.values():
-            self.scheduler.remove(
-                state.sequences if state.error else [seq for seq in state.sequences if seq in finished]
-            )
-        complete = {name: state for name, state in states.items() if state.is_finished}
-        for name in complete:
-            del self._states[name]
-        return [state.answer() for state in complete.values()]
+        siblings = [
+            sibling
+            for seq in finished
+            if (state := self._states.get(seq.request.request_id)) and state.error
+            for sibling in state.sequences
+        ]
+        # What is in flight is taken out when it lands.
+        self.scheduler.remove([s for s in dict.fromkeys(finished + siblings) if not self.scheduler.is_in_flight(s)])
+        names = dict.fromkeys(seq.request.request_id for seq in finished)
+        complete = [name for name in names if name in self._states and self._states[name].is_finished]
+        return [self._states.pop(name).answer() for name in complete]
 
     def _check_stop(self, seq: RunningSequence, token: int) -> None:
         params = seq.params
@@ -371,26 +386,3 @@ class Engine:
             seq.finish_reason = "stop"
         if seq.finish_reason:
             del self._streams[seq]
-
-    def _open_store(self, config: StoreConfig) -> None:
-        namespace = build_namespace(
-            Path(self.settings.path),
-            self.model_config,
-            self.cache_config,
-            self.config,
-            self.capability,
-            self.dtype_name,
-        )
-        self.store = open_store(config, namespace, self.pages.geometry)
-        self.weights_digest = namespace.identity.weights
-        self._writes = config.write
-        self._epoch_key, self._identity = self.store.epoch_key, self.store.identity
-
-    def _refuse_what_is_not_here(self) -> None:
-        if self.settings.quantization != "none":
-            raise CapabilityError(f"model.quantization: {self.settings.quantization} is not in this version of hpckv")
-        if self.cache_config.kv_dtype not in ("auto", self.dtype_name):
-            raise CapabilityError(
-                f"cache.kv_dtype: {self.cache_config.kv_dtype} is not in this version of hpckv; keys and values are "
-                f"kept in the model's dtype ({self.dtype_name})"
-            )

@@ -1,7 +1,11 @@
 """The next token of every row, from its logits and its own parameters.
 
 Randomness is a function of (seed, position) alone, so a request's text depends neither on its batch mates nor on
-restarts. The draw is made on the CPU in fp64 from the row's own logits.
+restarts. The draw is made on the host in fp64.
+
+With the vocabulary split over tensor ranks no rank ever needs a whole row: each gives its most probable tokens and the
+log-sum-exp of all it has, and draws the same token from what is gathered. Only where that does not settle a draw (a flat
+distribution, ties at the edge of what was given) the row is gathered whole.
 """
 
 from __future__ import annotations
@@ -9,11 +13,18 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
+from hpckv.comm import Collectives, SingleRank
 from hpckv.engine.request import SamplingParams, TokenLogprob
 
 _MASK = (1 << 64) - 1
+_CANDIDATES = 256
+"""Most probable tokens each rank gives for a draw from an unbounded distribution."""
+
+Floats = npt.NDArray[np.float64]
 
 
 @dataclass(frozen=True)
@@ -24,21 +35,49 @@ class Draw:
     seed: int
     position: int
 
+    @property
+    def num_candidates(self) -> int:
+        """Most probable tokens that settle the draw, as far as one can know before."""
+        if self.params.temperature == 0:
+            return max(1, self.params.logprobs or 0)
+        return max(self.params.top_k or _CANDIDATES, self.params.logprobs or 0)
 
-def sample(logits_RV: torch.Tensor, draws: Sequence[Draw]) -> tuple[list[int], list[TokenLogprob | None]]:
-    """One token a row, and its log-probability where the row asks for it. `logits_RV` is fp32.
+    @property
+    def is_plain(self) -> bool:
+        """Whether the most probable token is all that is asked for."""
+        return self.params.temperature == 0 and self.params.logprobs is None
 
-    Log-probabilities are the model's own, before temperature, top-k and top-p.
+
+@dataclass(frozen=True)
+class Sampled:
+    """What became of one row."""
+
+    token: int
+    logprob: TokenLogprob | None = None
+    is_finite: bool = True
+    """False if the logits hold NaN or infinity: the token means nothing."""
+
+
+def sample(
+    logits_RV: torch.Tensor, draws: Sequence[Draw], *, first_id: int = 0, collectives: Collectives | None = None
+) -> list[Sampled]:
+    """One token a row, and its log-probability where the row asks for it; the same on every tensor rank.
+
+    `logits_RV` is fp32: this rank's part of the vocabulary, from token `first_id` on. Log-probabilities are the model's own,
+    before temperature, top-k and top-p.
     """
-    tokens: list[int] = logits_RV.argmax(-1).tolist()
-    for row, draw in enumerate(draws):
-        if draw.params.temperature > 0:
-            tokens[row] = _draw(logits_RV[row], draw)
-    logprobs: list[TokenLogprob | None] = [None] * len(tokens)
-    for row, draw in enumerate(draws):
-        if draw.params.logprobs is not None:
-            logprobs[row] = _logprob(logits_RV[row], tokens[row], draw.params.logprobs)
-    return tokens, logprobs
+    if not draws:
+        return []
+    collectives = collectives or SingleRank()
+    found = _plain(logits_RV, first_id, collectives)
+    rows = [row for row, draw in enumerate(draws) if not draw.is_plain]
+    if rows:
+        chosen = [draws[row] for row in rows]
+        for row, drawn in zip(rows, _draw_rows(logits_RV[rows], chosen, first_id, collectives), strict=True):
+            if found[row].is_finite:
+                assert drawn is not None
+                found[row] = drawn
+    return found
 
 
 def uniform(seed: int, position: int) -> float:
@@ -49,23 +88,121 @@ def uniform(seed: int, position: int) -> float:
     return ((x ^ (x >> 31)) >> 11) / (1 << 53)
 
 
-def _draw(logits_V: torch.Tensor, draw: Draw) -> int:
+def _plain(logits_RV: torch.Tensor, first_id: int, collectives: Collectives) -> list[Sampled]:
+    """Every row's most probable token; of equals the lowest id."""
+    if logits_RV.shape[1]:
+        values, ids = logits_RV.max(-1)
+    else:
+        values, ids = (
+            logits_RV.new_full((len(logits_RV),), -torch.inf),
+            torch.zeros(len(logits_RV), dtype=torch.int64),
+        )
+    is_finite = logits_RV.sum(-1).isfinite()  # one pass: NaN and infinity outlive any sum
+    own = torch.stack([values.double(), (ids + first_id).double(), is_finite.double()], dim=-1).cpu()
+    whole = collectives.all_gather(own).numpy().reshape(len(own), -1, 3)
+    best = whole[:, :, 0].argmax(-1)
+    tokens = whole[np.arange(len(own)), best, 1].astype(int).tolist()
+    finite = [bool(row.all()) for row in whole[:, :, 2]]
+    return [Sampled(token, None, is_finite) for token, is_finite in zip(tokens, finite, strict=True)]
+
+
+@dataclass(frozen=True)
+class _Known:
+    """The most probable tokens of one row, in order: logits, ids; and the log-sum-exp of the whole row."""
+
+    logits: Floats
+    ids: npt.NDArray[np.int64]
+    lse: float
+    lse_tempered: float
+    is_whole: bool
+
+
+def _draw_rows(
+    logits_RV: torch.Tensor, draws: Sequence[Draw], first_id: int, collectives: Collectives
+) -> list[Sampled | None]:
+    count = max(draw.num_candidates for draw in draws)
+    known = _gather_candidates(logits_RV, draws, count, first_id, collectives)
+    found = [_settle(row, draw) for row, draw in zip(known, draws, strict=True)]
+    unsettled = [row for row, sampled in enumerate(found) if sampled is None]
+    if unsettled:  # the same rows on every rank
+        width = int(collectives.all_gather(torch.tensor([[logits_RV.shape[1]]])).max())
+        some = [draws[row] for row in unsettled]
+        whole = _gather_candidates(logits_RV[unsettled], some, width, first_id, collectives)
+        for row, everything, draw in zip(unsettled, whole, some, strict=True):
+            found[row] = _settle(everything, draw)
+    assert None not in found or not torch.isfinite(logits_RV).all()
+    return found
+
+
+def _gather_candidates(
+    logits_RV: torch.Tensor, draws: Sequence[Draw], count: int, first_id: int, collectives: Collectives
+) -> list[_Known]:
+    """Every rank's `count` most probable tokens and one more, which tells how far they are all there are."""
+    size = logits_RV.shape[1]
+    held = min(size, count + 1)
+    values, ids = (t.cpu() for t in logits_RV.topk(held, dim=-1))
+    exact = logits_RV.double()
+    scale = torch.tensor([max(draw.params.temperature, 1e-6) for draw in draws], dtype=torch.float64)
+    lse = exact.logsumexp(-1).cpu()
+    tempered = (exact / scale.to(exact.device)[:, None]).logsumexp(-1).cpu()
+    # Below this logit there may be tokens that were not given.
+    edge = values[:, -1].double() if held < size else torch.full((len(values),), -torch.inf, dtype=torch.float64)
+    own = torch.full((len(values), 2, count + 1), -torch.inf, dtype=torch.float64)
+    own[:, 0, :held], own[:, 1, :held] = values.double(), (ids + first_id).double()
+    packed = torch.cat([own.flatten(1), lse[:, None], tempered[:, None], edge[:, None]], dim=1)
+    whole = collectives.all_gather(packed).numpy().reshape(len(values), -1, packed.shape[1])
+    return [_merge(row, count + 1) for row in whole]
+
+
+def _merge(parts: Floats, width: int) -> _Known:
+    """One row's candidates of all ranks, as far as their order is certain."""
+    logits, ids = parts[:, :width].reshape(-1), parts[:, width : 2 * width].reshape(-1)
+    lse, tempered, edge = parts[:, -3], parts[:, -2], float(parts[:, -1].max())
+    order = np.lexsort((ids, -logits))
+    certain = order[logits[order] > edge]
+    return _Known(
+        logits[certain],
+        ids[certain].astype(np.int64),
+        float(np.logaddexp.reduce(lse)),
+        float(np.logaddexp.reduce(tempered)),
+        edge == -np.inf,
+    )
+
+
+def _settle(known: _Known, draw: Draw) -> Sampled | None:
+    """The row's token, or None if more of it must be known."""
     params = draw.params
-    scaled = logits_V.cpu().double() / params.temperature
-    # Stable: equal logits keep the order of their token ids on every machine.
-    ordered, ids = torch.sort(scaled, descending=True, stable=True)
+    if not len(known.ids) or (len(known.ids) < (params.logprobs or 0) and not known.is_whole):
+        return None
+    place = 0 if params.temperature == 0 else _place(known, draw)
+    if place is None:
+        return None
+    token = int(known.ids[place])
+    if params.logprobs is None:
+        return Sampled(token)
+    shown = range(min(params.logprobs, len(known.ids)))
+    top = tuple((int(known.ids[n]), float(known.logits[n] - known.lse)) for n in shown)
+    return Sampled(token, TokenLogprob(token, float(known.logits[place] - known.lse), top))
+
+
+def _place(known: _Known, draw: Draw) -> int | None:
+    """Which of the candidates is drawn."""
+    params = draw.params
+    scaled, lse = known.logits / params.temperature, known.lse_tempered
+    is_bounded = known.is_whole
     if params.top_k:
-        ordered, ids = ordered[: params.top_k], ids[: params.top_k]
-    cumulative = ordered.softmax(-1).cumsum(-1)
+        if len(scaled) < params.top_k and not known.is_whole:
+            return None
+        scaled, is_bounded = scaled[: params.top_k], True
+        lse = float(np.logaddexp.reduce(scaled))
+    cumulative = np.exp(scaled - lse).cumsum()
     if params.top_p < 1:
         keep = int((cumulative < params.top_p).sum()) + 1  # the token that crosses the threshold stays
-        cumulative, ids = cumulative[:keep], ids[:keep]
-    target = uniform(draw.seed, draw.position) * float(cumulative[-1])
-    return int(ids[min(int((cumulative <= target).sum()), len(ids) - 1)])
-
-
-def _logprob(logits_V: torch.Tensor, token: int, num_top: int) -> TokenLogprob:
-    logprobs = logits_V.cpu().log_softmax(-1)
-    values, ids = logprobs.topk(num_top) if num_top else (torch.empty(0), torch.empty(0))
-    top = tuple((int(i), float(v)) for i, v in zip(ids.tolist(), values.tolist(), strict=True))
-    return TokenLogprob(token, float(logprobs[token]), top)
+        if keep > len(cumulative) and not is_bounded:
+            return None
+        cumulative, is_bounded = cumulative[:keep], True
+    target = uniform(draw.seed, draw.position) * (float(cumulative[-1]) if is_bounded else 1.0)
+    place = int((cumulative <= target).sum())
+    if place < len(cumulative):
+        return place
+    return len(cumulative) - 1 if is_bounded else None

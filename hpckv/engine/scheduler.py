@@ -53,6 +53,8 @@ class StepPlan:
     chunks: list[ScheduledChunk] = field(default_factory=list)
 
     num_tokens: int = 0
+    left: list[RunningSequence] = field(default_factory=list)
+    """Sequences that stopped running since the plan before: finished, or preempted."""
 
     def add(self, chunk: ScheduledChunk) -> None:
         self.chunks.append(chunk)
@@ -74,9 +76,13 @@ class SchedulerStats:
 
 
 class Scheduler:
-    """Owns waiting, held and running sequences."""
+    """Owns waiting, held and running sequences.
 
-    def __init__(self, config: EngineConfig, cache: CacheManager) -> None:
+    Several plans may be computed at once, over disjoint sequences: what `next_step` chose is in flight until `complete`.
+    """
+
+    def __init__(self, config: EngineConfig, cache: CacheManager, *, num_micro_batches: int = 1) -> None:
+        """Each plan takes about one `num_micro_batches`-th of the running sequences."""
         self.config = config
         self.cache = cache
         self.stats = SchedulerStats()
@@ -86,6 +92,9 @@ class Scheduler:
         self._held: dict[bytes, list[RunningSequence]] = defaultdict(list)
         self._loading: list[RunningSequence] = []
         self._chunk = config.chunk_tokens or config.max_batch_tokens
+        self._num_micro_batches = num_micro_batches
+        self._in_flight: set[RunningSequence] = set()
+        self._left: list[RunningSequence] = []
 
     @property
     def num_unfinished(self) -> int:
@@ -109,21 +118,27 @@ class Scheduler:
         if self.stats.preemptions == preempted:  # else a newcomer would take the pages that were just missing
             self._schedule_waiting(plan)
         self.stats.steps += 1
+        self._in_flight.update(chunk.seq for chunk in plan.chunks)
+        plan.left, self._left = self._left, []
         return plan
+
+    def is_in_flight(self, seq: RunningSequence) -> bool:
+        """Whether a plan with it has not been completed yet."""
+        return seq in self._in_flight
 
     def complete(self, plan: StepPlan) -> None:
         """The step was computed: its blocks may be shared now. Call before sampled tokens are appended."""
         for chunk in plan.chunks:
+            self._in_flight.discard(chunk.seq)
             self._count(chunk)
             self._wake(self.cache.commit(chunk.seq, chunk.end))
 
     def finish(self, seq: RunningSequence) -> None:
         """A running sequence is done; its complete blocks stay for others."""
-        self.running.remove(seq)
-        self._wake(self.cache.release(seq))
+        self._stop(seq)
 
     def remove(self, sequences: Sequence[RunningSequence]) -> None:
-        """Take sequences out wherever they are; none may be in the step that is being computed."""
+        """Take sequences out wherever they are; none may be in flight."""
         for seq in sequences:
             if seq in self.running:
                 self.finish(seq)
@@ -147,7 +162,10 @@ class Scheduler:
         return dropped
 
     def restart_all(self) -> list[RunningSequence]:
-        """Nothing that is cached or loaded may be used any more: all that is unfinished is to be computed again."""
+        """Nothing that is cached or loaded may be used any more: all that is unfinished is to be computed again.
+
+        Nothing may be in flight.
+        """
         for seq in list(self.running):
             self._preempt(seq)
         restarted = [seq for *_, seq in self._waiting] + [seq for held in self._held.values() for seq in held]
@@ -164,14 +182,16 @@ class Scheduler:
             self.cache.forget_use(seq.keys)
 
     def _schedule_running(self, plan: StepPlan) -> None:
-        for seq in sorted(self.running, key=_place):
+        share = -(-len(self.running) // self._num_micro_batches)
+        ready = sorted((seq for seq in self.running if seq not in self._in_flight), key=_place)
+        for seq in ready[:share]:
             limit = min(self._chunk, self.config.max_batch_tokens - plan.num_tokens)
             if limit <= 0:
                 return
             chunk = ScheduledChunk.next_of(seq, limit)
             # The victim comes last in order, so it has no chunk in this step yet: at worst it is `seq` itself.
             while seq in self.running and not self.cache.grow(seq, chunk.end):
-                self._preempt(max(self.running, key=_place))
+                self._preempt(max((s for s in self.running if s not in self._in_flight), key=_place))
             if seq in self.running:
                 plan.add(chunk)
             else:
@@ -221,9 +241,13 @@ class Scheduler:
                 self._loading.append(seq)
         self._wake(self.cache.take_arrived())
 
-    def _preempt(self, seq: RunningSequence) -> None:
+    def _stop(self, seq: RunningSequence) -> None:
         self.running.remove(seq)
+        self._left.append(seq)
         self._wake(self.cache.release(seq))
+
+    def _preempt(self, seq: RunningSequence) -> None:
+        self._stop(seq)
         self.stats.preemptions += 1
         self.add(seq)
 

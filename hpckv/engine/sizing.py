@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
+from hpckv.comm import ParallelDims
 from hpckv.device import Capability
 from hpckv.device.capability import DTYPES, available_memory_bytes
 from hpckv.engine.config import EngineConfig
@@ -27,6 +28,8 @@ class PagePlan:
 
     geometry: BlockGeometry
     num_pages: int
+    owned: BlockGeometry
+    """The part of a block that this rank writes to a store."""
 
     @property
     def num_usable(self) -> int:
@@ -34,9 +37,10 @@ class PagePlan:
 
     def at_most(self, num_tokens: int) -> PagePlan:
         """No more pages than a run of `num_tokens` cached tokens can use."""
-        return PagePlan(
-            self.geometry, min(self.num_pages, NUM_RESERVED + 1 + -(-num_tokens // self.geometry.block_tokens))
-        )
+        return self.of(min(self.num_pages, NUM_RESERVED + 1 + -(-num_tokens // self.geometry.block_tokens)))
+
+    def of(self, num_pages: int) -> PagePlan:
+        return replace(self, num_pages=num_pages)
 
 
 def plan_pages(
@@ -45,13 +49,21 @@ def plan_pages(
     cache: CacheConfig,
     device: Capability,
     dtype: str,
+    dims: ParallelDims,
+    num_local: int = 1,
 ) -> PagePlan:
-    """Divide the device's memory; raises `CapabilityError` if model and one page do not fit, before anything is loaded."""
+    """Divide the device's memory; raises `CapabilityError` if model and one page do not fit, before anything is loaded.
+
+    `num_local` processes share a CPU's memory.
+    """
     weight_files(folder)
     item = DTYPES[dtype]
-    geometry = BlockGeometry(model.num_kv_heads, model.num_layers, cache.block_tokens, model.head_dim, item)
-    weights = int(model.num_parameters * item * _WORKSPACE)
-    free = device.memory_bytes if device.kind == "cuda" else available_memory_bytes()
+    whole = BlockGeometry(model.num_kv_heads, model.num_layers, cache.block_tokens, model.head_dim, item)
+    layers, heads = dims.layers(model.num_layers), dims.heads(model.num_heads, model.num_kv_heads)
+    geometry = whole.with_box(heads.kv.start, heads.kv.stop, layers.start, layers.stop)
+    owned = whole.with_box(heads.owned_kv.start, heads.owned_kv.stop, layers.start, layers.stop)
+    weights = int(model.num_parameters * item * _WORKSPACE / (dims.tp * dims.pp))
+    free = device.memory_bytes if device.kind == "cuda" else available_memory_bytes() // num_local
     room = free - weights
     if isinstance(cache.device_memory, str):
         wanted = ByteSize.parse(cache.device_memory)
@@ -76,19 +88,22 @@ def plan_pages(
             f"the model does not fit: {model.num_parameters / 1e6:,.0f} M parameters in {dtype} need {format_bytes(weights)}, "
             f"{format_bytes(free)} of memory are free, and pages of {format_bytes(geometry.block_bytes)} come on top"
         )
-    return PagePlan(geometry, num_pages)
+    return PagePlan(geometry, num_pages, owned)
 
 
 def build_namespace(
-    folder: Path, model: ModelConfig, cache: CacheConfig, engine: EngineConfig, device: Capability, dtype: str
+    weights: str,
+    model: ModelConfig,
+    cache: CacheConfig,
+    engine: EngineConfig,
+    device: Capability,
+    dtype: str,
+    tensor_ranks: int = 1,
 ) -> Namespace:
-    """Identity and representation of an engine's blocks. Reads all weights, to digest them, unless their digest is known."""
+    """Identity and representation of an engine's blocks; `weights` is the digest of the model's."""
     import torch
 
-    try:
-        identity = Identity(weights=weights_digest(weight_files(folder), memory=default_memory()), config=model.raw)
-    except OSError as error:
-        raise AccessError(f"{error.filename or folder}: {error.strerror}") from None
+    identity = Identity(weights=weights, config=model.raw)
     representation: dict[str, object] = {
         "dtype": dtype,
         "block_tokens": cache.block_tokens,
@@ -100,4 +115,14 @@ def build_namespace(
         representation["torch"] = torch.__version__
         if device.kind == "cpu":
             representation["threads"] = torch.get_num_threads()
+        if tensor_ranks > 1:  # they add partial sums, one device adds them in another order
+            representation["tensor_ranks"] = tensor_ranks
     return Namespace(identity, representation)
+
+
+def digest_weights(folder: Path) -> str:
+    """Digest of the content of a model's weights, read in full unless it is remembered; raises `AccessError`."""
+    try:
+        return weights_digest(weight_files(folder), memory=default_memory())
+    except OSError as error:
+        raise AccessError(f"{error.filename or folder}: {error.strerror}") from None

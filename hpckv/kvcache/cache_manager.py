@@ -31,8 +31,12 @@ class Connector(ABC):
         """Begin to bring consecutive blocks into memory; None where computing them is the faster way."""
 
     @abstractmethod
-    def place(self, fetch: Fetch, payloads: Sequence[memoryview], pages: Sequence[int]) -> None:
-        """Copy blocks that `fetch` brought into pages."""
+    def place(self, fetch: Fetch, first: int, pages: Sequence[int]) -> None:
+        """Copy blocks that `fetch` brought, from its number `first` on, into pages."""
+
+    @abstractmethod
+    def end(self, fetch: Fetch) -> None:
+        """Nobody waits for it any more: let go of what it holds."""
 
     @abstractmethod
     def offload(self, key: bytes, parent: bytes, position: int, page: int) -> None:
@@ -194,7 +198,8 @@ class CacheManager:
                 if self._fetching.get(job.key) is seq:
                     del self._fetching[job.key]
                     self._arrived.append(job.key)
-            seq.fetch.is_over = True
+            assert self._connector
+            self._connector.end(seq.fetch)
             seq.fetch = None
 
     def give_up(self, seq: CachedSequence) -> None:
@@ -227,7 +232,7 @@ class CacheManager:
         assert seq.fetch
         first = seq.num_registered
         tiers = [loaded.tier for loaded in stored]
-        self._connector.place(seq.fetch, [loaded.payload for loaded in stored], seq.pages[first : first + len(stored)])
+        self._connector.place(seq.fetch, first - seq.fetch_first, seq.pages[first : first + len(stored)])
         self.stats.onboarded.update(tiers)
         for number in range(first, first + len(tiers)):
             self.pool.register(seq.pages[number], seq.keys[number])

@@ -83,10 +83,13 @@ class StoreConnector(Connector):
             return None
         return self._store.fetch(keys, parent)
 
-    def place(self, fetch: Fetch, payloads: Sequence[memoryview], pages: Sequence[int]) -> None:
-        for payload, page in zip(payloads, pages, strict=True):
-            self._pool.write_block(page, payload)
+    def place(self, fetch: Fetch, first: int, pages: Sequence[int]) -> None:
+        for loaded, page in zip(fetch.loaded[first : first + len(pages)], pages, strict=True):
+            self._pool.write_block(page, loaded.payload)
         self.policy.note_load(len(fetch.loaded) * self._pool.geometry.block_bytes, fetch.seconds)
+
+    def end(self, fetch: Fetch) -> None:
+        fetch.is_over = True
 
     def offload(self, key: bytes, parent: bytes, position: int, page: int) -> None:
         self._store.save(StoredBlock(key, parent, position, self._pool.read_block(page)), keeps_payload=True)

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from hpckv.attention import AttentionBackend, AttentionPlan, HeadShape
 from hpckv.comm import Collectives, ParallelDims, SingleRank
 from hpckv.model.config import ModelConfig
-from hpckv.model.linear import RowParallel, VocabularyParallel, column_parallel
+from hpckv.model.linear import RowParallel, VocabularyParallel, column_parallel, spans_of
 from hpckv.model.norm import RMSNorm
 from hpckv.model.rope import apply_rope, rope_table
 from hpckv.model.weights import WeightSource
@@ -34,7 +34,6 @@ _ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
 class StepInput:
     """One forward: what to compute, where its keys and values go, how it attends."""
 
-    ids_T: torch.Tensor
     positions_T: torch.Tensor
     slots_T: torch.Tensor
     """Pool slot each token's key and value are written to; a token whose page is already complete names the trash slot."""
@@ -51,22 +50,22 @@ class Attention:
     def __init__(self, model: Decoder, source: WeightSource, layer: int) -> None:
         config, dims = model.config, model.dims
         name = f"model.layers.{layer}.self_attn"
-        size, heads = config.head_dim, dims.columns(config.num_heads, "number of heads")
-        kv = dims.kv_heads(config.num_kv_heads)
+        size, heads = config.head_dim, dims.heads(config.num_heads, config.num_kv_heads)
+        queries = spans_of(heads.queries, size)
         self.shape = HeadShape(
-            num_heads=heads.stop - heads.start,
-            num_kv_heads=kv.stop - kv.start,
+            num_heads=len(heads.queries),
+            num_kv_heads=heads.kv.stop - heads.kv.start,
             head_dim=size,
             scale=config.query_scale,
             softcap=config.attention_softcap,
             window=config.windows[layer],
         )
         self.backend = model.backend
-        kv_rows = slice(kv.start * size, kv.stop * size)
+        kv_rows = [slice(heads.kv.start * size, heads.kv.stop * size)]
         self.qkv = column_parallel(
             source,
             [
-                (f"{name}.q_proj", config.num_heads * size, slice(heads.start * size, heads.stop * size)),
+                (f"{name}.q_proj", config.num_heads * size, queries),
                 (f"{name}.k_proj", config.num_kv_heads * size, kv_rows),
                 (f"{name}.v_proj", config.num_kv_heads * size, kv_rows),
             ],
@@ -77,7 +76,7 @@ class Attention:
             source,
             f"{name}.o_proj",
             (config.hidden_size, config.num_heads * size),
-            slice(heads.start * size, heads.stop * size),
+            queries,
             dims,
             model.collectives,
             bias=config.output_bias,
@@ -112,7 +111,7 @@ class MLP:
     def __init__(self, model: Decoder, source: WeightSource, layer: int) -> None:
         config = model.config
         name, size = f"model.layers.{layer}.mlp", config.intermediate_size
-        own = model.dims.columns(size, "intermediate size")
+        own = [model.dims.columns(size, "intermediate size")]
         self.activation = _ACTIVATIONS[config.activation]
         self.gate_up = column_parallel(
             source,
@@ -186,7 +185,7 @@ class Decoder:
         self.collectives = collectives or SingleRank()
         source = WeightSource(folder, dtype=dtype, device=device)
         vocabulary = (config.vocab_size, config.hidden_size)
-        is_first, is_last = self.dims.pp_rank == 0, self.dims.pp_rank == self.dims.pp - 1
+        is_first, is_last = self.dims.is_first_stage, self.dims.is_last_stage
         embedding, head = "model.embed_tokens", "lm_head"
         if config.tie_embeddings:
             head = embedding
@@ -200,29 +199,43 @@ class Decoder:
             self.head = (
                 self.embedding if tied else VocabularyParallel(source, head, vocabulary, self.dims, self.collectives)
             )
-        if self.dims.pp == 1:
-            source.finish(unused=("lm_head.weight",) if config.tie_embeddings else ())
+        source.finish(unused=self._others_tensors)
         cos, sin = rope_table(config, device)
         self.cos, self.sin = cos.to(dtype), sin.to(dtype)
+
+    def _others_tensors(self, name: str) -> bool:
+        """Whether a tensor is left to other stages, or stands for the tied embedding."""
+        if name == "lm_head.weight":
+            return self.config.tie_embeddings or self.head is None
+        layer = name.removeprefix("model.layers.").split(".")[0]
+        if name.startswith("model.layers.") and layer.isdigit():
+            own = self.dims.layers(self.config.num_layers)
+            return int(layer) < self.config.num_layers and int(layer) not in own
+        return (name == "model.norm.weight" and self.norm is None) or (
+            name == "model.embed_tokens.weight" and self.embedding is None
+        )
 
     @property
     def windows(self) -> frozenset[int | None]:
         return frozenset(layer.attention.shape.window for layer in self.layers)
 
-    def forward(self, step: StepInput, kv: KVLayers) -> torch.Tensor:
-        """The last layer's stream, normed: (T, D)."""
+    def embed(self, ids_T: torch.Tensor) -> torch.Tensor:
+        """What enters the first layer, (T, D)."""
         assert self.embedding is not None
-        assert self.norm is not None
-        x_TD = self.embedding.embed(step.ids_T)
+        x_TD = self.embedding.embed(ids_T)
         if self.config.embedding_scale != 1.0:
             x_TD = x_TD * torch.tensor(self.config.embedding_scale, dtype=x_TD.dtype)
+        return x_TD
+
+    def forward(self, x_TD: torch.Tensor, step: StepInput, kv: KVLayers) -> torch.Tensor:
+        """The stream after this stage's layers, normed behind the last: (T, D)."""
         cos, sin = self.cos[step.positions_T], self.sin[step.positions_T]
         for layer, pools in zip(self.layers, kv, strict=True):
             x_TD = layer(x_TD, step, pools, cos, sin)
-        return self.norm(x_TD)
+        return self.norm(x_TD) if self.norm else x_TD
 
     def logits(self, x_TD: torch.Tensor) -> torch.Tensor:
-        """(T, V) in fp32, soft-capped where the family does."""
+        """This rank's part of the vocabulary from id `head.first` on, (T, V / tp) in fp32, soft-capped where the family does."""
         assert self.head is not None
         logits = self.head.logits(x_TD).float()
         cap = self.config.logit_softcap

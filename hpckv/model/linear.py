@@ -36,12 +36,42 @@ def _can_pack() -> bool:
     return hasattr(torch.ops.mkldnn, "_linear_pointwise") and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
+Span = slice | int
+"""A run of rows or columns of a whole matrix; a number stands for so many zeros."""
+
+
+def spans_of(heads: Sequence[int], size: int) -> list[Span]:
+    """Rows of these heads of `size` rows each; -1 is a head of zeros."""
+    spans: list[Span] = []
+    for head in heads:
+        start, last = head * size, spans[-1] if spans else None
+        if head < 0:
+            spans.append(size)
+        elif isinstance(last, slice) and last.stop == start:
+            spans[-1] = slice(last.start, start + size)
+        else:
+            spans.append(slice(start, start + size))
+    return spans
+
+
+def _take(source: WeightSource, name: str, shape: tuple[int, ...], spans: Sequence[Span], dim: int = 0) -> torch.Tensor:
+    """The spans of one tensor side by side along `dim`."""
+    parts = []
+    for span in spans:
+        if isinstance(span, int):
+            sizes = [span if axis == dim else whole for axis, whole in enumerate(shape)]
+            parts.append(torch.zeros(sizes, dtype=source.dtype, device=source.device))
+        else:
+            parts.append(source.take(name, shape, *((span,) if dim == 0 else (None, span))))
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim)
+
+
 def column_parallel(
-    source: WeightSource, parts: Sequence[tuple[str, int, slice]], in_features: int, *, bias: bool = False
+    source: WeightSource, parts: Sequence[tuple[str, int, Sequence[Span]]], in_features: int, *, bias: bool = False
 ) -> Linear:
     """One layer from several matrices side by side: `parts` are (name, whole number of rows, this rank's rows)."""
-    weight = torch.cat([source.take(f"{n}.weight", (size, in_features), rows) for n, size, rows in parts])
-    biases = [source.take(f"{n}.bias", (size,), rows) for n, size, rows in parts] if bias else []
+    weight = torch.cat([_take(source, f"{n}.weight", (size, in_features), rows) for n, size, rows in parts])
+    biases = [_take(source, f"{n}.bias", (size,), rows) for n, size, rows in parts] if bias else []
     return Linear(weight, torch.cat(biases) if biases else None)
 
 
@@ -53,14 +83,14 @@ class RowParallel:
         source: WeightSource,
         name: str,
         shape: tuple[int, int],
-        columns: slice,
+        columns: Sequence[Span],
         dims: ParallelDims,
         collectives: Collectives,
         *,
         bias: bool = False,
     ) -> None:
         self.collectives = collectives
-        weight = source.take(f"{name}.weight", shape, columns=columns)
+        weight = _take(source, f"{name}.weight", shape, columns, dim=1)
         whole_bias = source.take(f"{name}.bias", shape[:1]) if bias else None
         self.linear = Linear(weight, whole_bias if dims.tp_rank == 0 else None)
 
@@ -80,7 +110,8 @@ class VocabularyParallel:
         self.first = min(shape[0], dims.tp_rank * share)
         rows = slice(self.first, min(shape[0], self.first + share))
         weight = source.take(f"{name}.weight", shape, rows)
-        if len(weight) < share:  # the last rank is padded, so that gathered logits are even
+        self.num_own = len(weight)
+        if len(weight) < share:  # all ranks' matrices are of one size
             weight = F.pad(weight, (0, 0, 0, share - len(weight)))
         self.weight = weight
         self.is_whole = dims.tp == 1
@@ -96,5 +127,5 @@ class VocabularyParallel:
         return self.collectives.all_reduce(found)
 
     def logits(self, x_TD: torch.Tensor) -> torch.Tensor:
-        """(T, V) on every rank."""
-        return self.collectives.all_gather(self.linear(x_TD))[:, : self.vocab_size]
+        """(T, about V / tp): this rank's range of the vocabulary, from `first` on."""
+        return self.linear(x_TD)[:, : self.num_own]

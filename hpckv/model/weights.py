@@ -7,7 +7,7 @@ pickled: only safetensors are read.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -83,11 +83,9 @@ class WeightSource:
             raise ModelError(f"{file}: tensor {name} is {tensor.dtype}; quantised weights are not read by this version")
         return tensor.to(self.device, self.dtype)
 
-    def finish(self, *, unused: Sequence[str] = ()) -> None:
-        """Raise `ModelError` naming tensors that nobody took, `unused` names and known buffers aside."""
-        left = [
-            n for n in self._where if n not in self._taken and n not in unused and not n.endswith(_IGNORED_SUFFIXES)
-        ]
+    def finish(self, *, unused: Callable[[str], bool] = lambda name: False) -> None:
+        """Raise `ModelError` naming tensors that nobody took, those that are `unused` here and known buffers aside."""
+        left = [n for n in self._where if n not in self._taken and not unused(n) and not n.endswith(_IGNORED_SUFFIXES)]
         if left:
             more = f" and {len(left) - 3} more" if len(left) > 3 else ""
             raise ModelError(

@@ -152,6 +152,13 @@ class BlockGeometry:
                 layer, at = end, at + size
         return tuple(out)
 
+    def heads_span(self, part: BlockGeometry) -> slice:
+        """Where the KV heads of `part`, a box with the same layers, lie in this box's payload: always one run of bytes."""
+        assert part.box[2:] == self.box[2:]
+        size = self.num_layers * self.layer_bytes
+        first = (part.first_head - self.first_head) * size
+        return slice(first, first + part.num_kv_heads * size)
+
     def span(self, head: int, first_layer: int, end_layer: int) -> slice:
         """Where layers [first_layer, end_layer) of a KV head lie in this box's payload: always one run of bytes."""
         at = ((head - self.first_head) * self.num_layers + first_layer - self.first_layer) * self.layer_bytes

@@ -15,13 +15,14 @@ import threading
 import time
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 
 from hpckv.log import warn_once
-from hpckv.store.block import Box
+from hpckv.store.block import BlockGeometry, Box
 from hpckv.store.boxes import covered
 from hpckv.store.catalog import Catalog
 from hpckv.store.collect import Collector
@@ -66,9 +67,11 @@ class FileTier(Tier):
         root: StoreRoot | None = None,
         write_limit: RateLimit | None = None,
         buffers: BufferPool | None = None,
+        owned: BlockGeometry | None = None,
     ) -> None:
         """Reads the catalogue once; raises nothing, what cannot be read is passed over.
 
+        Of a block that is put only the part in `owned`, KV heads of the same layers, is written: the rest is other ranks'.
         Own segments beyond `budget_bytes` are evicted as new ones are sealed. With the store's `root`, its quota is kept,
         uses are logged, and at the end own segments are indexed and collected. A filesystem that does not answer holds up
         the first look, a flush and the end for `patience_s` seconds each; the first look then goes on meanwhile.
@@ -89,9 +92,10 @@ class FileTier(Tier):
         self._next_heat = time.monotonic() + HEAT_EVERY_S
         self._root, self._patience_s = root, patience_s
         self._write_limit = write_limit
+        self._owned = owned or context.geometry
         self._writer = own and SegmentWriter(
             own,
-            context,
+            replace(context, geometry=self._owned),
             self._on_sealed,
             segment_bytes=segment_bytes,
             seal_s=seal_s,
@@ -113,14 +117,19 @@ class FileTier(Tier):
 
     def present(self, keys: Sequence[bytes]) -> np.ndarray:
         found = self.catalog.present(keys)
-        if self._writer and self._writer.num_pending:
+        if self._writer and self._writer.num_pending and self._writes_whole:
             for n in np.flatnonzero(~found).tolist():
                 found[n] = self._writer.find(keys[n]) is not None
         return found
 
+    @property
+    def _writes_whole(self) -> bool:
+        """Whether what it writes is all that it reads: a block on its way can then be served."""
+        return self._owned.box == self.geometry.box
+
     def get(self, key: bytes) -> memoryview | None:
         start = time.perf_counter()
-        block = self._writer.find(key) if self._writer else None
+        block = self._writer.find(key) if self._writer and self._writes_whole else None
         if block is not None:
             into = memoryview(block.payload).cast("B")
         else:
@@ -178,8 +187,10 @@ class FileTier(Tier):
     def put(self, block: StoredBlock, *, keeps_payload: bool = False) -> PutOutcome:
         payload = block.payload if keeps_payload else bytes(block.payload)
         assert len(payload) == self.geometry.block_bytes
-        if self.present([block.key])[0]:
+        if self.present([block.key])[0] or (self._writer and self._writer.find(block.key)):
             return PutOutcome.DUPLICATE
+        if not self._writes_whole:
+            payload = memoryview(payload).cast("B")[self.geometry.heads_span(self._owned)]
         if not self._writer or not self._writer.put(StoredBlock(block.key, block.parent, block.position, payload)):
             self.stats.dropped += 1
             return PutOutcome.DROPPED

@@ -43,10 +43,16 @@ _SIBLING_REFRESH_S = 60.0
 
 
 def open_store(
-    config: StoreConfig, namespace: Namespace, geometry: BlockGeometry, *, buffers: BufferPool | None = None
+    config: StoreConfig,
+    namespace: Namespace,
+    geometry: BlockGeometry,
+    *,
+    owned: BlockGeometry | None = None,
+    buffers: BufferPool | None = None,
 ) -> TieredStore:
     """Open the store of `config`; raises `StoreError` or `AccessError` if it is not usable. Blocks are read into `buffers`.
 
+    `geometry` has the box that this process reads, `owned` the part of it that it writes: all of it if not given.
     Where there is none yet, a private one is made. One that can be read and not written is used for reading, said once.
     """
     check_golden_vector()
@@ -54,7 +60,7 @@ def open_store(
     try:
         opening = within(
             config.deadline_s,
-            lambda: _look(config, path, namespace, geometry, buffers or BufferPool(geometry.block_bytes)),
+            lambda: _look(config, path, namespace, geometry, owned, buffers or BufferPool(geometry.block_bytes)),
         )
     except TimeoutError as error:
         raise StoreError(f"store {path}: {error.strerror}") from None
@@ -79,13 +85,18 @@ def open_store(
 
 
 def _look(
-    config: StoreConfig, path: Path, namespace: Namespace, geometry: BlockGeometry, buffers: BufferPool
+    config: StoreConfig,
+    path: Path,
+    namespace: Namespace,
+    geometry: BlockGeometry,
+    owned: BlockGeometry | None,
+    buffers: BufferPool,
 ) -> _Opening:
     """The store, its key, and where this node keeps copies."""
     root = StoreRoot.open(path) if StoreRoot.exists(path) else StoreRoot.create(path, StorePolicy.new())
     if config.private:
         namespace = _salted(root, namespace)
-    return _Opening(config, root, namespace, geometry, find_local_folder(config.local, path), buffers)
+    return _Opening(config, root, namespace, geometry, owned, find_local_folder(config.local, path), buffers)
 
 
 class _Opening:
@@ -97,6 +108,7 @@ class _Opening:
         root: StoreRoot,
         namespace: Namespace,
         geometry: BlockGeometry,
+        owned: BlockGeometry | None,
         local: Path | None,
         buffers: BufferPool,
     ) -> None:
@@ -106,20 +118,21 @@ class _Opening:
         """What is this user's of this store on the node's own disk."""
         self._catalogs: list[Catalog] = []
         self.context = self._context(namespace, geometry)
-        self.buffers = buffers
+        self.buffers, self.owned = buffers, owned or geometry
 
     def shared_tier(self) -> FileTier:
         catalog = self._catalog(self.context)
         return FileTier(
             catalog,
             self.context,
-            self._own_folder(catalog) if self.config.write != "off" else None,
+            self._own_folder(catalog) if self.config.write != "off" and self.owned.num_kv_heads else None,
             segment_bytes=self.config.segment_size,
             seal_s=self.config.seal_s,
             keep_s=self.config.keep_s,
             gid=self.root.policy.group,
             root=self.root,
             buffers=self.buffers,
+            owned=self.owned,
             patience_s=self.config.deadline_s,
             write_limit=RateLimit(self.config.write_rate) if self.config.write_rate else None,
         )

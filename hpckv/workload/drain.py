@@ -11,6 +11,7 @@ import logging
 import os
 import signal
 import threading
+from collections.abc import Callable
 
 _log = logging.getLogger(__name__)
 
@@ -23,6 +24,7 @@ class Drain:
     def __init__(self) -> None:
         self._event = threading.Event()
         self.signal: signal.Signals | None = None
+        self._listener: Callable[[], None] | None = None
 
     @property
     def requested(self) -> bool:
@@ -32,6 +34,14 @@ class Drain:
         """Ask for the drain as if `by` had arrived."""
         self.signal = self.signal or by
         self._event.set()
+        if self._listener:
+            self._listener()
+
+    def tell(self, listener: Callable[[], None]) -> None:
+        """Call `listener`, in the signal thread, when the drain is asked for."""
+        self._listener = listener
+        if self.requested:
+            listener()
 
 
 def block_signals() -> None:

@@ -38,6 +38,7 @@ from hpckv.workload.runfile import RunConfig
 from hpckv.workload.store_report import describe_store
 
 if TYPE_CHECKING:
+    from hpckv.comm import World
     from hpckv.engine.engine import Engine
 
 _log = logging.getLogger(__name__)
@@ -60,21 +61,33 @@ class _Work:
     prompt: PlannedPrompt
 
 
-def run_batch(config: RunConfig, options: RunOptions, drain: Drain) -> int:
-    """Run the whole file or what is left of it; returns the exit code. Raises `HpckvError` for what stops it."""
+def run_batch(config: RunConfig, options: RunOptions, drain: Drain, world: World) -> int:
+    """Run the whole file or what is left of it; returns the exit code. Raises `HpckvError` for what stops it.
+
+    Rank 0 of the world does all of it; the others compute what it sends them.
+    """
+    if not world.is_root:
+        follow(config, drain, world)
+        return EXIT_OK
     started = time.monotonic()
     batch = read_batch(Path(config.input), config.sampling)
     _report_input(batch, config.input, options)
     directory = _make_run_directory(Path(config.output))
     lock = RunLock(directory)
     try:
-        return _run_locked(config, options, drain, batch, directory, started)
+        return _run_locked(config, options, drain, batch, directory, started, world)
     finally:
         lock.release()
 
 
 def _run_locked(
-    config: RunConfig, options: RunOptions, drain: Drain, batch: BatchInput, directory: Path, started: float
+    config: RunConfig,
+    options: RunOptions,
+    drain: Drain,
+    batch: BatchInput,
+    directory: Path,
+    started: float,
+    world: World,
 ) -> int:
     output = OutputFile(directory / "output.jsonl")
     if output.done:
@@ -84,7 +97,14 @@ def _run_locked(
 
     from hpckv.engine.engine import Engine
 
-    engine = Engine(config.model, store=config.store, cache=config.cache, engine=config.engine)
+    engine = Engine(
+        config.model,
+        store=config.store,
+        cache=config.cache,
+        engine=config.engine,
+        parallel=config.parallel,
+        world=world,
+    )
     try:
         left = [line for line in batch.lines if line.custom_id not in output.done]
         work, refused = _prepare(left, engine)
@@ -115,6 +135,26 @@ def _run_locked(
     return _exit_code(config, options, batch, output, errors, summary, describe_store(engine))
 
 
+def follow(config: RunConfig, drain: Drain, world: World) -> None:
+    """Another rank than the first: until rank 0 says that all is done."""
+    from hpckv.engine.executor import serve
+    from hpckv.engine.rank import Rank
+
+    drain.tell(world.lifeline.ask_for_drain)
+    rank = Rank(
+        config.model,
+        store=config.store,
+        cache=config.cache,
+        engine=config.engine,
+        parallel=config.parallel,
+        world=world,
+    )
+    try:
+        serve(rank)
+    finally:
+        rank.close()
+
+
 def _answer(
     engine: Engine,
     work: Sequence[_Work],
@@ -133,7 +173,7 @@ def _answer(
     model = Path(engine.settings.path).name
     begun = time.monotonic()
     while engine.num_unfinished:
-        if drain.requested:
+        if drain.requested or engine.rank.world.lifeline.wants_drain:
             engine.abort_all()
             break
         for answer in engine.step():

@@ -9,10 +9,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from hpckv.comm import ParallelConfig
+from hpckv.comm.parallel_dims import ParallelConfig
 from hpckv.engine.config import EngineConfig
 from hpckv.engine.request import SamplingParams
-from hpckv.errors import CapabilityError, ConfigError
+from hpckv.errors import ConfigError
 from hpckv.kvcache.config import CacheConfig
 from hpckv.model.config import ModelSettings
 from hpckv.schema import Config, convert, read_yaml, set_dotted
@@ -101,9 +101,7 @@ def load_run(
         set_dotted(content, assignment)
     if site := content.get("site"):
         content = _merge(_site_defaults(site), content)
-    config = convert(content, RunConfig, str(path))
-    _refuse_what_is_not_here(config)
-    return config
+    return convert(content, RunConfig, str(path))
 
 
 def _site_defaults(site: object) -> dict[str, Any]:
@@ -130,14 +128,3 @@ def _set(content: dict[str, Any], dotted: str, value: str) -> None:
             content[section] = {}
         content = content[section]
     content[key] = value
-
-
-def _refuse_what_is_not_here(config: RunConfig) -> None:
-    wanted = {"tp": config.parallel.tp, "pp": config.parallel.pp, "replicas": config.parallel.replicas}
-    for name, count in wanted.items():
-        if count < 1:
-            raise ConfigError(f"parallel.{name}: {count} is not at least 1")
-        if count > 1:
-            raise CapabilityError(
-                f"parallel.{name}: {count} needs the MPI coordinator, which is not in this version of hpckv"
-            )

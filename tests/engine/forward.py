@@ -6,6 +6,7 @@ from hpckv.engine.engine import Engine
 from hpckv.engine.request import Request as EngineRequest
 from hpckv.engine.request import RunningSequence, SamplingParams
 from hpckv.engine.scheduler import ScheduledChunk, StepPlan
+from hpckv.engine.step import rank_chunks
 
 
 def logits_at_every_position(engine: Engine, prompt: list[int], *, chunk: int) -> torch.Tensor:
@@ -18,8 +19,7 @@ def logits_at_every_position(engine: Engine, prompt: list[int], *, chunk: int) -
         plan = StepPlan()
         plan.add(ScheduledChunk(seq, start, count, samples=False))
         with torch.inference_mode():
-            parts = engine.runner._micro_steps(plan.chunks)
-            rows += [engine.runner._logits(engine.runner._forward(part)) for part in parts]
+            rows.append(engine.runner.logits(engine.runner.forward(rank_chunks(plan))))
         seq.num_computed = start + count
     engine.cache.release(seq)
     return torch.cat(rows)

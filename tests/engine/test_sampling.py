@@ -15,7 +15,7 @@ from hpckv.kvcache import CacheConfig
 
 def draw(logits, count, **params):
     sampling = SamplingParams(**{"temperature": 1.0, **params})
-    return Counter(sample(logits[None], [Draw(sampling, 11, position)])[0][0] for position in range(count))
+    return Counter(sample(logits[None], [Draw(sampling, 11, position)])[0].token for position in range(count))
 
 
 def test_frequencies_follow_the_softmax():
@@ -44,8 +44,9 @@ def test_uniform_is_a_function_of_seed_and_position():
 
 def test_greedy_takes_the_first_of_equals_and_logprobs_are_the_models_own():
     logits = torch.tensor([[0.0, 3.0, 3.0, 1.0]])
-    tokens, (entry,) = sample(logits, [Draw(SamplingParams(logprobs=2), 0, 0)])
-    assert tokens == [1]
+    (found,) = sample(logits, [Draw(SamplingParams(logprobs=2), 0, 0)])
+    entry = found.logprob
+    assert found.token == 1
     assert entry.logprob == pytest.approx(float(logits[0].log_softmax(-1)[1]))
     assert {i for i, _ in entry.top} == {1, 2}
 

@@ -28,16 +28,23 @@ class Recorder:
 
     def __init__(self, engine: Engine):
         self.seen: dict[tuple[str, int], torch.Tensor] = {}
-        run = engine.runner.run
+        sample, logits = engine.runner.sample, engine.runner.logits
+        rows: list[torch.Tensor] = []
 
-        def recording(plan):
-            logits = run(plan)
-            rows = [c.seq for c in plan.chunks if c.samples]
-            for seq, row in zip(rows, logits, strict=True):
-                self.seen[seq.request.request_id, len(seq.tokens)] = row.clone()
-            return logits
+        def recording(chunks, x):
+            rows.clear()
+            found = sample(chunks, x)
+            draws = [chunk.draw for chunk in chunks if chunk.draw]
+            names = {seq.seed: name for name, state in engine._states.items() for seq in state.sequences}
+            for draw, row in zip(draws, rows[0] if rows else (), strict=True):
+                self.seen[names[draw.seed], draw.position] = row.clone()
+            return found
 
-        engine.runner.run = recording
+        def noting(x):
+            rows.append(logits(x))
+            return rows[-1]
+
+        engine.runner.sample, engine.runner.logits = recording, noting
 
 
 def make_engine(folder, dtype, device, *, chunk=0, batch=64, memory="8MiB") -> Engine:

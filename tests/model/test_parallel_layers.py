@@ -34,11 +34,11 @@ def test_columns_side_by_side_are_the_whole_layer(tmp_path):
         },
     )
     x = torch.randn(7, 5)
-    whole = column_parallel(weights, [("q", 12, slice(0, 12)), ("k", 6, slice(0, 6))], 5, bias=True)(x)
+    whole = column_parallel(weights, [("q", 12, [slice(0, 12)]), ("k", 6, [slice(0, 6)])], 5, bias=True)(x)
     parts = []
     for rank in range(3):
         dims = ParallelDims(tp=3, tp_rank=rank)
-        layer = column_parallel(weights, [("q", 12, dims.columns(12)), ("k", 6, dims.kv_heads(6))], 5, bias=True)
+        layer = column_parallel(weights, [("q", 12, [dims.columns(12)]), ("k", 6, [dims.columns(6)])], 5, bias=True)
         assert layer.out_features == 6
         parts.append(layer(x))
     together = torch.cat([p[:, :4] for p in parts] + [p[:, 4:] for p in parts], dim=1)
@@ -48,11 +48,11 @@ def test_columns_side_by_side_are_the_whole_layer(tmp_path):
 def test_row_partial_sums_add_up_with_the_bias_once(tmp_path):
     weights = source(tmp_path, **{"o.weight": torch.randn(4, 10), "o.bias": torch.randn(4)})
     x = torch.randn(3, 10)
-    whole = RowParallel(weights, "o", (4, 10), slice(0, 10), ParallelDims(), SingleRank(), bias=True)(x)
+    whole = RowParallel(weights, "o", (4, 10), [slice(0, 10)], ParallelDims(), SingleRank(), bias=True)(x)
     parts = []
     for rank in range(2):
         dims = ParallelDims(tp=2, tp_rank=rank)
-        layer = RowParallel(weights, "o", (4, 10), dims.columns(10), dims, Collecting(), bias=True)
+        layer = RowParallel(weights, "o", (4, 10), [dims.columns(10)], dims, Collecting(), bias=True)
         parts.append(layer(x[:, dims.columns(10)]))
     assert torch.allclose(sum(parts), whole, atol=1e-5)
 
@@ -65,8 +65,3 @@ def test_an_odd_vocabulary_is_split_with_padding(tmp_path):
     assert {len(r.weight) for r in ranks} == {4}
     assert torch.equal(sum(r.embed(ids) for r in ranks), whole.embed(ids))
     assert torch.allclose(torch.cat([r.linear(x) for r in ranks], dim=1)[:, :11], whole.logits(x), atol=1e-6)
-
-
-def test_more_ranks_than_kv_heads_replicate_them():
-    heads = [ParallelDims(tp=4, tp_rank=r).kv_heads(2) for r in range(4)]
-    assert heads == [slice(0, 1), slice(0, 1), slice(1, 2), slice(1, 2)]

@@ -20,6 +20,7 @@ import torch
 import hpckv.engine.engine
 from pathlib import Path
 from hpckv import log
+from hpckv.comm import World
 from hpckv.workload.drain import Drain
 from hpckv.workload.run import RunOptions, run_batch
 from hpckv.workload.runfile import load_run
@@ -34,7 +35,7 @@ while done < kills:
     if child == 0:
         torch.set_num_threads(1)
         log.setup(-2)
-        os._exit(run_batch(config, RunOptions(is_quiet=True), Drain()))
+        os._exit(run_batch(config, RunOptions(is_quiet=True), Drain(), World.single()))
     time.sleep(rng.random() * longest)
     os.kill(child, signal.SIGKILL)
     _, status = os.waitpid(child, 0)

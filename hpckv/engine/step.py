@@ -1,0 +1,56 @@
+"""One chunk of a step as any rank sees it: what to compute and where its keys and values are, without the request. No torch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from hpckv.engine.scheduler import StepPlan
+
+if TYPE_CHECKING:
+    from hpckv.engine.sampler import Draw
+
+
+@dataclass(frozen=True)
+class RankChunk:
+    """Consecutive tokens of one sequence."""
+
+    tokens: Sequence[int]
+    start: int
+    pages: Sequence[int]
+    """Of everything up to the chunk's end, perhaps more."""
+    num_registered: int
+    """Leading pages that are shared and never written again."""
+    draw: Draw | None
+    """How the next token is sampled, if it follows from this chunk."""
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.tokens)
+
+    @property
+    def end(self) -> int:
+        return self.start + len(self.tokens)
+
+    def part(self, first: int, count: int) -> RankChunk:
+        """Tokens [first, first + count) of it."""
+        return RankChunk(
+            self.tokens[first : first + count], self.start + first, self.pages, self.num_registered, self.draw
+        )
+
+
+def rank_chunks(plan: StepPlan) -> list[RankChunk]:
+    """A plan as the ranks see it."""
+    from hpckv.engine.sampler import Draw
+
+    return [
+        RankChunk(
+            c.seq.tokens[c.start : c.end],
+            c.start,
+            c.seq.pages,
+            c.seq.num_registered,
+            Draw(c.seq.params, c.seq.seed, len(c.seq.tokens)) if c.samples else None,
+        )
+        for c in plan.chunks
+    ]

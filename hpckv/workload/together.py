@@ -1,0 +1,55 @@
+"""All processes of one `hpckv run`: they come together, and end together, whatever happens to one of them."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import sys
+import traceback
+from collections.abc import Iterator
+from pathlib import Path
+
+from hpckv import log
+from hpckv.comm import World, enter
+from hpckv.errors import HpckvError
+from hpckv.workload.runfile import RunConfig
+
+
+@contextlib.contextmanager
+def together(config: RunConfig) -> Iterator[World]:
+    """The world of this run. An error on any rank is said once where it happened, and ends every rank with its exit code."""
+    output = Path(config.output)
+    world = enter(config.parallel, log_of=lambda rank: str(rank_log(output, rank)), rendezvous=output)
+    rank = world.dims.world_rank
+    if rank:
+        _log_to(rank_log(output, rank))
+    try:
+        yield world
+    except BaseException as error:
+        if world.is_single:
+            raise
+        _say(error, rank)
+        world.give_up(error)
+    world.leave()
+
+
+def rank_log(output: Path, rank: int) -> Path:
+    """Where a rank other than 0, which writes to the terminal, keeps its log."""
+    return output / "logs" / f"rank-{rank}.log"
+
+
+def _log_to(path: Path) -> None:
+    with contextlib.suppress(OSError):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        log.to_file(path)
+
+
+def _say(error: BaseException, rank: int) -> None:
+    logger = logging.getLogger("hpckv")
+    if not isinstance(error, HpckvError):
+        logger.error("rank %d: %s", rank, "".join(traceback.format_exception(error)))
+    line = " ".join(str(error).splitlines()) or type(error).__name__
+    if rank == 0:
+        sys.stderr.write(f"hpckv: {line}\n")
+    else:
+        logger.error("%s", line)
