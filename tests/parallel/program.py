@@ -19,7 +19,9 @@ from hpckv.engine.rank import Rank
 from hpckv.engine.request import SamplingParams
 from hpckv.kvcache import CacheConfig
 from hpckv.model import ModelSettings
+from hpckv.schema import convert
 from hpckv.store import StoreConfig
+from hpckv.store.segment import Segment
 
 
 def note_logits(rank: Rank) -> list[np.ndarray]:
@@ -42,11 +44,26 @@ def note_logits(rank: Rank) -> list[np.ndarray]:
     return seen
 
 
+PAYLOAD_BYTES: dict[str, int] = {}
+"""Read from segments since it was last asked."""
+
+
+def count_reads() -> None:
+    """Count what is read of blocks in files, whatever for."""
+    plain = Segment._read_payload
+
+    def counting(self: Segment, into: memoryview, offset: int) -> None:
+        PAYLOAD_BYTES["read"] = PAYLOAD_BYTES.get("read", 0) + len(into)
+        plain(self, into, offset)
+
+    Segment._read_payload = counting  # type: ignore[method-assign]
+
+
 def answer(case: dict, world: World) -> dict:
     """Run one case on this rank; what rank 0 found, elsewhere nothing but logits."""
     parallel = ParallelConfig(tp=case["tp"], pp=case["pp"], micro_batches=case.get("micro_batches", 0))
     given = {
-        "store": StoreConfig(**case["store"]) if case.get("store") else None,
+        "store": convert(case["store"], StoreConfig, "case") if case.get("store") else None,
         "cache": CacheConfig(block_tokens=8, device_memory=case.get("memory", "4MiB")),
         "engine": EngineConfig(**case.get("engine", {})),
         "parallel": parallel,
@@ -68,11 +85,17 @@ def answer(case: dict, world: World) -> dict:
             "cached": [a.usage.cached for a in answers],
             "logprobs": [[t.logprob for t in a.completions[0].logprobs or ()] for a in answers],
             "errors": [a.error for a in answers],
-            "times": engine.rank.pages.geometry.box,
         }
         engine.close()
         rank, read = engine.rank, engine.store.tiers[-1].stats.record if engine.store else {}
-    everybody = _gather(world, json.dumps({"box": rank.pages.geometry.box, "read": read}))
+    record = {
+        "box": rank.pages.geometry.box,
+        "owned": rank.pages.owned.box,
+        "stored": read.get("stored"),
+        "misses": read.get("misses"),
+        "payload_bytes": PAYLOAD_BYTES.pop("read", 0),
+    }
+    everybody = _gather(world, json.dumps(record))
     if case.get("logits") and serving_logits and rank.dims.tp_rank == 0 and world.everyone.rank < world.group.size:
         np.save(case["logits"], np.concatenate(serving_logits))
     return {**found, "ranks": everybody}
@@ -108,6 +131,7 @@ def main() -> None:
     size = first["world"]
     base = enter(ParallelConfig(tp=size, coordinator=first.get("coordinator", "auto")), rendezvous=results_file.parent)
     torch.set_num_threads(1)
+    count_reads()
     try:
         results = []
         for case in cases:
