@@ -119,6 +119,8 @@ class Watch:
         self.check = check
         self.waited_s = 0.0
         """Seconds spent in `wait` so far."""
+        self.naming_s = 0.0
+        """So long after a transport's error `check` may still find out which rank was lost."""
         self.is_broken = False
         """A wait has failed: nothing that needs the other ranks can be done any more."""
 
@@ -126,9 +128,23 @@ class Watch:
         """Until it is done; raises `RankLostError` after the deadline, naming `what` was waited for."""
         try:
             self._wait(pending, what)
+        except RankLostError as error:
+            self.is_broken = True
+            self._name(error)
+            raise
         except BaseException:
             self.is_broken = True
             raise
+
+    def _name(self, error: RankLostError) -> None:
+        """A transport knows only that a connection broke: who it was is known soon, and raised instead."""
+        deadline = time.monotonic() + self.naming_s
+        while time.monotonic() < deadline:
+            try:
+                self.check()
+            except RankLostError as named:
+                raise named from error
+            time.sleep(_NAP_S)
 
     def _wait(self, pending: Pending, what: str) -> None:
         if pending.is_done():

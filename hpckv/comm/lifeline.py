@@ -1,7 +1,7 @@
 """Who of a run is still there: a TCP connection from every rank to rank 0, with a heartbeat each way.
 
 MPI and NCCL do not say who is missing, they wait. Here a rank that dies is noticed at once (its connection ends), one that
-hangs within `SILENCE_S`, and one that stops on an error says so first. Rank 0 tells all others, so that every rank ends with
+hangs within `silence_s`, and one that stops on an error says so first. Rank 0 tells all others, so that every rank ends with
 the same line. The port is chosen by the kernel; who connects must know the run's secret.
 """
 
@@ -24,8 +24,6 @@ from hpckv.errors import EXIT_DRAINED, HpckvError
 _log = logging.getLogger(__name__)
 
 BEAT_S = 1.0
-SILENCE_S = 10.0
-"""A rank that says nothing for so long counts as hanging."""
 LAST_WORDS_S = 5.0
 """The process is ended if its main thread has not taken note of bad news for so long: it is stuck in somebody's C code."""
 SECRET_BYTES = 16
@@ -87,7 +85,7 @@ class _Line:
 class Lifeline:
     """This rank's end. A thread of its own watches; `check()` in the main thread raises what it found."""
 
-    def __init__(self, rank: int, lines: list[_Line], *, silence_s: float = SILENCE_S) -> None:
+    def __init__(self, rank: int, lines: list[_Line], silence_s: float) -> None:
         self.rank = rank
         self._lines = lines
         self._silence_s = silence_s
@@ -102,7 +100,7 @@ class Lifeline:
     @classmethod
     def single(cls) -> Lifeline:
         """Nobody to watch."""
-        return cls(0, [])
+        return cls(0, [], 0.0)
 
     def check(self) -> None:
         """Raise `RankLostError`, or what another rank stopped on, if the run cannot go on."""
@@ -195,7 +193,7 @@ class Listener:
         self.address: tuple[str, int] = self._socket.getsockname()[:2]
         self.secret = os.urandom(SECRET_BYTES)
 
-    def accept(self, members: list[Member], deadline_s: float) -> Lifeline:
+    def accept(self, members: list[Member], deadline_s: float, silence_s: float) -> Lifeline:
         """Until every other member has connected; raises `RankLostError` naming who has not."""
         missing = {member.rank: member for member in members if member.rank}
         lines: list[_Line] = []
@@ -213,7 +211,7 @@ class Listener:
             else:
                 sock.close()
         self._socket.close()
-        return Lifeline(0, lines)
+        return Lifeline(0, lines, silence_s)
 
 
 def _shake_hands(sock: socket.socket, secret: bytes) -> int:
@@ -230,7 +228,9 @@ def _shake_hands(sock: socket.socket, secret: bytes) -> int:
     return int.from_bytes(hello[SECRET_BYTES:], "little")
 
 
-def connect(rank: int, root: Member, address: tuple[str, int], secret: bytes, deadline_s: float) -> Lifeline:
+def connect(
+    rank: int, root: Member, address: tuple[str, int], secret: bytes, deadline_s: float, silence_s: float
+) -> Lifeline:
     """Another rank's side; raises `RankLostError`."""
     try:
         sock = socket.create_connection(address, timeout=deadline_s)
@@ -238,4 +238,4 @@ def connect(rank: int, root: Member, address: tuple[str, int], secret: bytes, de
     except OSError as error:
         raise RankLostError(f"{root} cannot be reached at {address[0]}:{address[1]} ({error})") from None
     sock.settimeout(BEAT_S)
-    return Lifeline(rank, [_Line(sock, root)])
+    return Lifeline(rank, [_Line(sock, root)], silence_s)

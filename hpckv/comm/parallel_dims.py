@@ -26,6 +26,8 @@ class ParallelConfig(Config, frozen=True):
     float32, `float32` has the layers compute them in float32."""
     coordinator: Literal["auto", "mpi", "slurm", "torchrun", "single"] = "auto"
     """How ranks find each other; `auto` takes the first of MPI, Slurm's variables, torchrun's that is there."""
+    silence_s: float = 10.0
+    """A rank whose heartbeat is not heard for so long counts as lost: it hangs, or its node is gone."""
     deadline_s: float = 120.0
     """Longest wait for another rank in a step; a rank that died or hangs is noticed sooner by its missing heartbeat."""
     start_deadline_s: float = 1800.0
@@ -37,7 +39,7 @@ class ParallelConfig(Config, frozen=True):
                 raise ConfigError(f"parallel.{name}: {getattr(self, name)} is not at least 1")
         if self.micro_batches < 0:
             raise ConfigError(f"parallel.micro_batches: {self.micro_batches} is negative")
-        for name in ("deadline_s", "start_deadline_s"):
+        for name in ("silence_s", "deadline_s", "start_deadline_s"):
             if getattr(self, name) <= 0:
                 raise ConfigError(f"parallel.{name}: {getattr(self, name)} is not positive")
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import itertools
+import threading
 from typing import Any
 
 import numpy as np
@@ -24,9 +25,35 @@ class _TorchPending(Pending):
         try:
             self._work.wait()
         except RuntimeError as error:
-            raise RankLostError(f"a connection between ranks broke ({str(error).splitlines()[0]})") from None
+            raise _broken(error) from None
         self._is_checked = True
         return True
+
+
+class _ThreadPending(Pending):
+    """Of a message from one rank to another, gloo tells nothing until it is waited for: a thread does."""
+
+    def __init__(self, work: Any, *kept: Any) -> None:
+        self._kept = kept
+        self._error: RuntimeError | None = None
+        self._is_over = threading.Event()
+        threading.Thread(target=self._wait, args=(work,), name="hpckv-gloo", daemon=True).start()
+
+    def _wait(self, work: Any) -> None:
+        try:
+            work.wait()
+        except RuntimeError as error:
+            self._error = error
+        self._is_over.set()
+
+    def is_done(self) -> bool:
+        if self._error:
+            raise _broken(self._error)
+        return self._is_over.is_set()
+
+
+def _broken(error: RuntimeError) -> RankLostError:
+    return RankLostError(f"a connection between ranks broke ({str(error).splitlines()[0]})")
 
 
 class TorchGroup(Group):
@@ -61,10 +88,10 @@ class TorchGroup(Group):
         return _TorchPending(self._gloo.allgather(pieces, _bytes(part)), part, whole, pieces)
 
     def send(self, buffer: Array, to: int, tag: int) -> Pending:
-        return _TorchPending(self._gloo.send([_bytes(buffer)], to, tag), buffer)
+        return _ThreadPending(self._gloo.send([_bytes(buffer)], to, tag), buffer)
 
     def receive(self, buffer: Array, source: int, tag: int) -> Pending:
-        return _TorchPending(self._gloo.recv([_bytes(buffer)], source, tag), buffer)
+        return _ThreadPending(self._gloo.recv([_bytes(buffer)], source, tag), buffer)
 
     def split(self, color: int) -> Group:
         colors = np.zeros(self.size, np.int32)

@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 
 from hpckv.comm.group import Group, RankLostError, Single, Watch
-from hpckv.comm.lifeline import SECRET_BYTES, Lifeline, Listener, Member, connect
+from hpckv.comm.lifeline import BEAT_S, SECRET_BYTES, Lifeline, Listener, Member, connect
 from hpckv.comm.parallel_dims import ParallelConfig, ParallelDims
 from hpckv.errors import ConfigError, HpckvError
 from hpckv.log import warn_once
@@ -270,8 +270,8 @@ def _join(config: ParallelConfig, group: Group, mpi: Any, launch: Launch, log: s
     check_nodes(members, os.environ)
     watch = Watch(config.start_deadline_s)
     num_hosts = len({member.host for member in members})
-    lifeline = _connect_lifeline(group, members, watch, is_one_node=num_hosts == 1)
-    watch.check = lifeline.check
+    lifeline = _connect_lifeline(group, members, watch, config.silence_s, is_one_node=num_hosts == 1)
+    watch.check, watch.naming_s = lifeline.check, config.silence_s + BEAT_S
     mates = [member for member in members if member.host == members[group.rank].host]
     local_rank = [member.rank for member in mates].index(group.rank)
     if launch.local_rank is not None and launch.local_rank != local_rank:
@@ -303,7 +303,9 @@ def check_nodes(members: tuple[Member, ...], environ: Mapping[str, str]) -> None
         raise ConfigError(f"you pay for {paid} nodes and use {len(used)}: of {len(members)} ranks {where}")
 
 
-def _connect_lifeline(group: Group, members: tuple[Member, ...], watch: Watch, *, is_one_node: bool) -> Lifeline:
+def _connect_lifeline(
+    group: Group, members: tuple[Member, ...], watch: Watch, silence_s: float, *, is_one_node: bool
+) -> Lifeline:
     address = np.zeros(1, _ADDRESS)
     listener = Listener(own_address(is_one_node=is_one_node)) if group.rank == 0 else None
     if listener:
@@ -311,7 +313,7 @@ def _connect_lifeline(group: Group, members: tuple[Member, ...], watch: Watch, *
         address["secret"] = np.frombuffer(listener.secret, np.uint8)
     watch.wait(group.broadcast(address), "rank 0's address")
     if listener:
-        return listener.accept(list(members), _FIND_S)
+        return listener.accept(list(members), _FIND_S, silence_s)
     row = address[0]
     where = (bytes(row["host"]).decode(), int(row["port"]))
-    return connect(group.rank, members[0], where, row["secret"].tobytes(), _FIND_S)
+    return connect(group.rank, members[0], where, row["secret"].tobytes(), _FIND_S, silence_s)

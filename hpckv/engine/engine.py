@@ -250,10 +250,12 @@ class Engine:
         begun = time.perf_counter()
         try:
             flight = executor.start(plan)
-        except torch.OutOfMemoryError:
-            raise CapabilityError(
-                "the GPU's memory is full; lower cache.device_memory or engine.max_batch_tokens"
-            ) from None
+        except BaseException as error:
+            self.rank.world.watch.is_broken = True  # the others wait in the middle of this step
+            if isinstance(error, torch.OutOfMemoryError):
+                text = "the GPU's memory is full; lower cache.device_memory or engine.max_batch_tokens"
+                raise CapabilityError(text) from None
+            raise
         taken = time.perf_counter() - begun
         self.times.forward_s += taken
         prompt_tokens = sum(chunk.num_tokens for chunk in plan.chunks if chunk.num_tokens > 1)
