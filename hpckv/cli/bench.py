@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
 from rich.table import Table
 
-from hpckv.cli.show import progress
+from hpckv.cli.show import print_facts, progress
 
 bench_app = typer.Typer(help="Measure and prove on this machine.", no_args_is_help=True, rich_markup_mode=None)
 EXIT_UNEXPECTED = 3
@@ -18,6 +18,53 @@ EXIT_UNEXPECTED = 3
 @bench_app.callback()
 def _group() -> None:
     """Measure and prove on this machine."""
+
+
+@bench_app.command()
+def parallel(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="A Hugging Face folder.")],
+    *,
+    tp: Annotated[int, typer.Option(help="Tensor ranks.")] = 1,
+    pp: Annotated[int, typer.Option(help="Pipeline stages.")] = 1,
+    micro_batches: Annotated[int, typer.Option(help="In the pipeline at once; 0 is twice the stages.")] = 0,
+    prompts: Annotated[int, typer.Option(help="Prompts, which share nothing.")] = 16,
+    prompt_tokens: Annotated[int, typer.Option(help="Tokens of each.")] = 64,
+    output_tokens: Annotated[int, typer.Option(help="Tokens of each answer.")] = 64,
+    as_json: Annotated[bool, typer.Option("--json", help="Machine-readable.")] = False,
+) -> None:
+    """Where a step's time goes when a model is spread over ranks: computing, exchanging, waiting, scheduling.
+
+    Example: mpiexec -n 4 hpckv bench parallel models/llama-3.1-8b --tp 2 --pp 2
+    """
+    from hpckv.comm import ParallelConfig
+    from hpckv.workload.together import together
+
+    config = ParallelConfig(tp=tp, pp=pp, micro_batches=micro_batches)
+    with together(config) as world:
+        from hpckv.engine.parallel_bench import Load, measure
+        from hpckv.model import ModelSettings
+
+        found = measure(ModelSettings(path=model), config, Load(prompts, prompt_tokens, output_tokens), world)
+    if found:
+        typer.echo(json.dumps(found)) if as_json else _print_parallel(found)
+
+
+def _print_parallel(found: dict[str, Any]) -> None:
+    table = Table("ms a step", "compute", "of it tensor ranks", "stage before", "rank 0", box=None)
+    for number, rank in enumerate(found["ranks"]):
+        steps = max(1, rank["steps"])
+        parts = (rank[name] * 1e3 / steps for name in ("compute_s", "tensor_s", "stage_s", "message_s"))
+        table.add_row(f"rank {number}", *(f"{part:.2f}" for part in parts))
+    Console(highlight=False).print(table)
+    print_facts(
+        {
+            "steps": int(found["steps"]),
+            "output tokens/s": f"{found['output_tokens_per_s']:.1f}",
+            "bubble": f"{100 * found['bubble']:.1f} % of all ranks' time",
+            "scheduling": f"{found['schedule_s'] * 1e3 / max(1, found['steps']):.3f} ms a step",
+            "told each rank": f"{found['message_bytes'] / max(1, found['steps']):.0f} bytes a step",
+        }
+    )
 
 
 @bench_app.command()

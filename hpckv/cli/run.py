@@ -44,6 +44,6 @@ def run(
 
     is_quiet = not logging.getLogger("hpckv").isEnabledFor(logging.INFO)
     options = RunOptions(skips_bad_lines=skip_bad_lines, allows_errors=allow_errors, is_quiet=is_quiet)
-    with together(config) as world:
+    with together(config.parallel, Path(config.output)) as world:
         code = run_batch(config, options, watcher, world)
     raise typer.Exit(code)

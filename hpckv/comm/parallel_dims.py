@@ -18,12 +18,10 @@ class ParallelConfig(Config, frozen=True):
     pp: int = 1
     """Pipeline stages: contiguous groups of layers."""
     replicas: int = 1
-    """Independent engines of tp x pp ranks, each with its own share of the run."""
+    """Independent engines of tp x pp ranks, each with its own share of the run. More than one is not in this version and is
+    refused."""
     micro_batches: int = 0
     """Disjoint groups of sequences that are in the pipeline at once; 0 is twice the number of stages."""
-    reduce: Literal["auto", "float32"] = "auto"
-    """How partial results of tensor ranks are added: `auto` sends them in the dtype they were computed in and adds in
-    float32, `float32` has the layers compute them in float32."""
     coordinator: Literal["auto", "mpi", "slurm", "torchrun", "single"] = "auto"
     """How ranks find each other; `auto` takes the first of MPI, Slurm's variables, torchrun's that is there."""
     silence_s: float = 10.0

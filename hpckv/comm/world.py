@@ -115,6 +115,8 @@ class World:
     def shaped(self, tp: int, pp: int) -> World:
         """The ranks of the run in another grid; every rank must call it. Those that are too many make further replicas."""
         dims = ParallelDims.of_world_rank(self.everyone.rank, tp=tp, pp=pp)
+        if self.everyone.size == 1:
+            return self
         replica = self.everyone.split(dims.replica)
         return replace(self, dims=dims, group=replica, tensor=replica.split(dims.pp_rank))
 

@@ -147,6 +147,12 @@ class Engine:
         return self.rank.runner
 
     @property
+    def executor(self) -> Executor:
+        self.load()
+        assert self._loaded
+        return self._loaded.executor
+
+    @property
     def cache(self) -> CacheManager:
         self.load()
         assert self._loaded

@@ -12,7 +12,7 @@ from typing import Any
 from hpckv.comm.parallel_dims import ParallelConfig
 from hpckv.engine.config import EngineConfig
 from hpckv.engine.request import SamplingParams
-from hpckv.errors import ConfigError
+from hpckv.errors import CapabilityError, ConfigError
 from hpckv.kvcache.config import CacheConfig
 from hpckv.model.config import ModelSettings
 from hpckv.schema import Config, convert, read_yaml, set_dotted
@@ -101,7 +101,12 @@ def load_run(
         set_dotted(content, assignment)
     if site := content.get("site"):
         content = _merge(_site_defaults(site), content)
-    return convert(content, RunConfig, str(path))
+    config = convert(content, RunConfig, str(path))
+    if config.parallel.replicas > 1:
+        raise CapabilityError(
+            f"parallel.replicas: {config.parallel.replicas} is not in this version of hpckv; one replica of tp x pp ranks is"
+        )
+    return config
 
 
 def _site_defaults(site: object) -> dict[str, Any]:

@@ -10,18 +10,23 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from hpckv import log
-from hpckv.comm import World, enter
+from hpckv.comm import ParallelConfig, World, enter
 from hpckv.errors import HpckvError
-from hpckv.workload.runfile import RunConfig
 
 
 @contextlib.contextmanager
-def together(config: RunConfig) -> Iterator[World]:
-    """The world of this run. An error on any rank is said once where it happened, and ends every rank with its exit code."""
-    output = Path(config.output)
-    world = enter(config.parallel, log_of=lambda rank: str(rank_log(output, rank)), rendezvous=output)
+def together(parallel: ParallelConfig, output: Path | None = None) -> Iterator[World]:
+    """The world of this run. An error on any rank is said once where it happened, and ends every rank with its exit code.
+
+    Ranks other than 0 write their logs into the run directory `output`.
+    """
+
+    def log_of(rank: int) -> str:
+        return str(rank_log(output, rank)) if output and rank else ""
+
+    world = enter(parallel, log_of=log_of, rendezvous=output)
     rank = world.dims.world_rank
-    if rank:
+    if output and rank:
         _log_to(rank_log(output, rank))
     try:
         yield world
