@@ -14,6 +14,7 @@ import itertools
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from hpckv.engine.config import EngineConfig
 from hpckv.engine.request import RunningSequence
@@ -26,8 +27,7 @@ _READ_AHEAD_TOKENS = 4096
 """as long as they have no more tokens than this: it bounds the memory they take."""
 
 
-@dataclass(frozen=True)
-class ScheduledChunk:
+class ScheduledChunk(NamedTuple):
     """Tokens [start, end) of a sequence; `samples` if the next token follows from them."""
 
     seq: RunningSequence
@@ -42,8 +42,9 @@ class ScheduledChunk:
     @classmethod
     def next_of(cls, seq: RunningSequence, limit: int) -> ScheduledChunk:
         """As much of what is left of `seq` as `limit` allows."""
-        count = min(seq.num_left, limit)
-        return cls(seq, seq.num_computed, count, seq.num_computed + count == len(seq.tokens))
+        start, end = seq.num_computed, len(seq.tokens)
+        count = min(end - start, limit)
+        return cls(seq, start, count, start + count == end)
 
 
 @dataclass
@@ -86,7 +87,8 @@ class Scheduler:
         self.config = config
         self.cache = cache
         self.stats = SchedulerStats()
-        self.running: list[RunningSequence] = []
+        self.running: dict[RunningSequence, None] = {}
+        """An ordered set."""
         self._waiting: list[tuple[tuple[int, int], int, RunningSequence]] = []
         self._arrivals = itertools.count(1)
         self._held: dict[bytes, list[RunningSequence]] = defaultdict(list)
@@ -184,17 +186,19 @@ class Scheduler:
     def _schedule_running(self, plan: StepPlan) -> None:
         share = -(-len(self.running) // self._num_micro_batches)
         ready = sorted((seq for seq in self.running if seq not in self._in_flight), key=_place)
+        left = self.config.max_batch_tokens
         for seq in ready[:share]:
-            limit = min(self._chunk, self.config.max_batch_tokens - plan.num_tokens)
-            if limit <= 0:
+            if seq not in self.running:  # it has just been preempted, and so has all behind it
                 return
-            chunk = ScheduledChunk.next_of(seq, limit)
+            chunk = ScheduledChunk.next_of(seq, min(self._chunk, left))
             # The victim comes last in order, so it has no chunk in this step yet: at worst it is `seq` itself.
-            while seq in self.running and not self.cache.grow(seq, chunk.end):
+            while not self.cache.grow(seq, chunk.end):
                 self._preempt(max((s for s in self.running if s not in self._in_flight), key=_place))
-            if seq in self.running:
-                plan.add(chunk)
-            else:
+                if seq not in self.running:
+                    return
+            plan.add(chunk)
+            left -= chunk.num_tokens
+            if left == 0:
                 return
 
     def _schedule_waiting(self, plan: StepPlan) -> None:
@@ -222,7 +226,7 @@ class Scheduler:
             if not seq.was_admitted:
                 seq.was_admitted = True
                 self.cache.forget_use(seq.keys)
-            self.running.append(seq)
+            self.running[seq] = None
             plan.add(ScheduledChunk.next_of(seq, limit))
             self._wake(self.cache.take_arrived())
 
@@ -242,7 +246,7 @@ class Scheduler:
         self._wake(self.cache.take_arrived())
 
     def _stop(self, seq: RunningSequence) -> None:
-        self.running.remove(seq)
+        del self.running[seq]
         self._left.append(seq)
         self._wake(self.cache.release(seq))
 
@@ -258,6 +262,10 @@ class Scheduler:
 
     def _count(self, chunk: ScheduledChunk) -> None:
         seq = chunk.seq
+        if chunk.start >= max(seq.highest_computed, seq.num_prompt_tokens):
+            self.stats.decode_tokens += chunk.num_tokens
+            seq.highest_computed = chunk.end
+            return
         fresh = max(chunk.start, min(chunk.end, seq.highest_computed))
         in_prompt = max(0, min(chunk.end, seq.num_prompt_tokens) - fresh)
         self.stats.recomputed_tokens += fresh - chunk.start

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from hpckv.engine.scheduler import StepPlan
 
@@ -12,8 +11,7 @@ if TYPE_CHECKING:
     from hpckv.engine.sampler import Draw
 
 
-@dataclass(frozen=True)
-class RankChunk:
+class RankChunk(NamedTuple):
     """Consecutive tokens of one sequence."""
 
     tokens: Sequence[int]

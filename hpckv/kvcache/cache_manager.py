@@ -246,6 +246,8 @@ class CacheManager:
     def grow(self, seq: CachedSequence, num_tokens: int) -> bool:
         """Make sure the sequence has pages for its first `num_tokens` tokens; False if there are none."""
         needed = -(-num_tokens // self.block_tokens) - len(seq.pages)
+        if needed <= 0:
+            return True
         if needed > self.pool.num_available:
             return False
         seq.pages += self._allocate(needed)
