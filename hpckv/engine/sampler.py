@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -27,8 +28,7 @@ _CANDIDATES = 256
 Floats = npt.NDArray[np.float64]
 
 
-@dataclass(frozen=True)
-class Draw:
+class Draw(NamedTuple):
     """What one row is sampled with; `position` is the new token's place in its sequence."""
 
     params: SamplingParams

@@ -5,6 +5,9 @@
     2  length in int32             6  operations on the store
     3  sequences that left         7  0
 
+A chunk is (slot, start, tokens, registered pages, whether it samples, new pages). The new pages of all chunks follow, then all
+tokens.
+
 Ranks remember what they were told: a running sequence has a small number (its slot), under which every rank keeps its pages and
 how it is sampled. A decode step therefore costs eight numbers a sequence, whatever its length.
 """
@@ -21,7 +24,7 @@ import numpy.typing as npt
 
 from hpckv.engine.request import RunningSequence, SamplingParams
 from hpckv.engine.sampler import Draw
-from hpckv.engine.scheduler import ScheduledChunk, StepPlan
+from hpckv.engine.scheduler import StepPlan
 from hpckv.engine.step import RankChunk
 
 Ints = npt.NDArray[np.int32]
@@ -33,6 +36,7 @@ FIRST_INTS = 2048
 _SAMPLING = struct.Struct("<ddQii")
 _SAMPLING_INTS = _SAMPLING.size // 4
 _KEY_INTS = 8
+_CHUNK_INTS = 6
 
 
 @dataclass(frozen=True)
@@ -109,27 +113,21 @@ class MessageWriter:
             slot = self._free.pop() if self._free else len(self._told)
             self._told[seq] = _Told(slot)
             out += [slot, *_sampling_ints(seq)]
+        pages: list[int] = []
+        tokens: list[int] = []
         for chunk in plan.chunks:
-            out += self._chunk(chunk)
+            seq, told = chunk.seq, self._told[chunk.seq]
+            known, told.num_pages = told.num_pages, len(seq.pages)
+            pages += seq.pages[known:]
+            tokens += seq.tokens[chunk.start : chunk.start + chunk.num_tokens]
+            more = told.num_pages - known
+            out += (told.slot, chunk.start, chunk.num_tokens, seq.num_registered, int(chunk.samples), more)
+        out += pages
+        out += tokens
         for operation in operations:
             out += _operation_ints(operation)
         out[2] = len(out)
         return np.array(out, dtype=np.int32)
-
-    def _chunk(self, chunk: ScheduledChunk) -> list[int]:
-        seq, told = chunk.seq, self._told[chunk.seq]
-        pages = seq.pages[told.num_pages :]
-        told.num_pages = len(seq.pages)
-        return [
-            told.slot,
-            chunk.start,
-            chunk.num_tokens,
-            seq.num_registered,
-            int(chunk.samples),
-            len(pages),
-            *pages,
-            *seq.tokens[chunk.start : chunk.end],
-        ]
 
 
 @dataclass
@@ -154,18 +152,24 @@ class MessageReader:
         for _ in range(num_new):
             slot = next(values)
             self._known[slot] = _read_sampling(_take(values, _SAMPLING_INTS))
-        chunks = [self._chunk(values) for _ in range(num_chunks)]
-        return StepMessage(
-            number, chunks, [_read_operation(values) for _ in range(num_operations)], is_last=bool(is_last)
-        )
+        chunks = self._chunks(values, num_chunks)
+        operations = [_read_operation(values) for _ in range(num_operations)]
+        return StepMessage(number, chunks, operations, is_last=bool(is_last))
 
-    def _chunk(self, values: Iterator[int]) -> RankChunk:
-        slot, start, num_tokens, num_registered, samples, num_pages = _take(values, 6)
-        known = self._known[slot]
-        known.pages += _take(values, num_pages)
-        tokens = _take(values, num_tokens)
-        draw = Draw(known.params, known.seed, start + num_tokens) if samples else None
-        return RankChunk(tokens, start, known.pages, num_registered, draw)
+    def _chunks(self, values: Iterator[int], count: int) -> list[RankChunk]:
+        numbers = _take(values, _CHUNK_INTS * count)
+        rows = list(zip(*[iter(numbers)] * _CHUNK_INTS, strict=True))
+        for slot, *_, num_pages in rows:
+            if num_pages:
+                self._known[slot].pages += _take(values, num_pages)
+        tokens, at = _take(values, sum(row[2] for row in rows)), 0
+        chunks = []
+        for slot, start, num_tokens, num_registered, samples, _ in rows:
+            known = self._known[slot]
+            draw = Draw(known.params, known.seed, start + num_tokens) if samples else None
+            chunks.append(RankChunk(tokens[at : at + num_tokens], start, known.pages, num_registered, draw))
+            at += num_tokens
+        return chunks
 
 
 def _take(values: Iterator[int], count: int) -> list[int]:
