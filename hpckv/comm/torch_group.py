@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import itertools
+import threading
 from typing import Any
 
 import numpy as np
@@ -24,9 +25,32 @@ class _TorchPending(Pending):
         try:
             self._work.wait()
         except RuntimeError as error:
-            raise RankLostError(f"a connection between ranks broke ({str(error).splitlines()[0]})") from None
+            raise _broken(error) from None
         self._is_checked = True
         return True
+
+
+class _MessagePending(Pending):
+    """gloo says that a message has passed only to who waits for it (`is_completed` stays false), so a thread does."""
+
+    def __init__(self, work: Any, buffer: Array) -> None:
+        self._work, self._buffer = work, buffer
+        self._error: RuntimeError | None = None
+        self._thread = threading.Thread(target=self._wait, name="hpckv-gloo", daemon=True)
+        self._thread.start()
+
+    def is_done(self) -> bool:
+        if self._thread.is_alive():
+            return False
+        if self._error is not None:
+            raise _broken(self._error) from None
+        return True
+
+    def _wait(self) -> None:
+        try:
+            self._work.wait()
+        except RuntimeError as error:
+            self._error = error
 
 
 class TorchGroup(Group):
@@ -61,10 +85,10 @@ class TorchGroup(Group):
         return _TorchPending(self._gloo.allgather(pieces, _bytes(part)), part, whole, pieces)
 
     def send(self, buffer: Array, to: int, tag: int) -> Pending:
-        return _TorchPending(self._gloo.send([_bytes(buffer)], to, tag), buffer)
+        return _MessagePending(self._gloo.send([_bytes(buffer)], to, tag), buffer)
 
     def receive(self, buffer: Array, source: int, tag: int) -> Pending:
-        return _TorchPending(self._gloo.recv([_bytes(buffer)], source, tag), buffer)
+        return _MessagePending(self._gloo.recv([_bytes(buffer)], source, tag), buffer)
 
     def split(self, color: int) -> Group:
         colors = np.zeros(self.size, np.int32)
@@ -81,6 +105,10 @@ def distributed() -> Any:
     import torch.distributed
 
     return torch.distributed
+
+
+def _broken(error: RuntimeError) -> RankLostError:
+    return RankLostError(f"a connection between ranks broke ({str(error).splitlines()[0]})")
 
 
 def _bytes(buffer: Array) -> Any:
