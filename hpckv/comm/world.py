@@ -164,10 +164,17 @@ def enter(
             launch = replace(launch, kind="slurm")
     if launch.kind != "mpi":
         group = _enter_torch(launch, config, rendezvous)
-    _expect(config, group.size)
-    if group.size == 1:
-        return World.single()
-    return _join(config, group, mpi, launch, log_of(group.rank))
+    try:
+        _expect(config, group.size)
+        if group.size == 1:
+            return World.single()
+        members = _exchange_members(group, log_of(group.rank))
+        check_nodes(members, os.environ)
+    except ConfigError:  # on every rank
+        if mpi is not None:
+            mpi.Finalize()  # mpiexec kills the others if one ends without
+        raise
+    return _join(config, group, mpi, launch, members)
 
 
 def _expect(config: ParallelConfig, num_started: int) -> None:
@@ -265,9 +272,7 @@ def own_address(*, is_one_node: bool) -> str:
         return str(probe.getsockname()[0])
 
 
-def _join(config: ParallelConfig, group: Group, mpi: Any, launch: Launch, log: str) -> World:
-    members = _exchange_members(group, log)
-    check_nodes(members, os.environ)
+def _join(config: ParallelConfig, group: Group, mpi: Any, launch: Launch, members: tuple[Member, ...]) -> World:
     watch = Watch(config.start_deadline_s)
     num_hosts = len({member.host for member in members})
     lifeline = _connect_lifeline(group, members, watch, is_one_node=num_hosts == 1)
