@@ -294,7 +294,7 @@ def _exchange_members(group: Group, log: str) -> tuple[Member, ...]:
     everybody = np.zeros(group.size, _MEMBER)
     Watch(_FIND_S).wait(group.all_gather(own, everybody), "every rank to say where it is")
     return tuple(
-        Member(rank, bytes(row["host"]).decode(), int(row["pid"]), bytes(row["log"]).decode())
+        Member(rank, bytes(row["host"]).decode(), int(row["pid"]), bytes(row["log"]).decode(errors="ignore"))
         for rank, row in enumerate(everybody)
     )
 
