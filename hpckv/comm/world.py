@@ -267,9 +267,10 @@ def own_address(*, is_one_node: bool) -> str:
         address = socket.gethostbyname(socket.gethostname())
         if not address.startswith("127."):
             return address
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+    with suppress(OSError), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
         probe.connect(("192.0.2.1", 9))  # sends nothing: the kernel says which of its addresses it would use
         return str(probe.getsockname()[0])
+    raise ConfigError(f"{socket.gethostname()} has no address that other nodes reach; give one with HPCKV_HOST")
 
 
 def _join(config: ParallelConfig, group: Group, mpi: Any, launch: Launch, members: tuple[Member, ...]) -> World:
