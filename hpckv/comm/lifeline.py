@@ -148,7 +148,7 @@ class Lifeline:
             for line in list(self._lines):
                 if line.socket in readable:
                     self._hear(line)
-                elif now - line.heard > self._silence_s and not self._is_closing:
+                elif now - line.heard > self._silence_s and not (line.said_goodbye or self._is_closing):
                     self._lose(line, f"has said nothing for {self._silence_s:g} s: it hangs, or its node is gone")
             if now - beat >= BEAT_S:
                 beat = now
