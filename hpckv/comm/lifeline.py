@@ -143,10 +143,13 @@ class Lifeline:
     def _run(self) -> None:
         beat = time.monotonic()
         while self._lines and not self._trouble:
-            readable = select.select([line.socket for line in self._lines], [], [], BEAT_S / 4)[0]
+            poll = select.poll()  # select() knows the first 1024 files only
+            for line in self._lines:
+                poll.register(line.socket, select.POLLIN)
+            readable = {number for number, _ in poll.poll(BEAT_S * 250)}
             now = time.monotonic()
             for line in list(self._lines):
-                if line.socket in readable:
+                if line.socket.fileno() in readable:
                     self._hear(line)
                 elif now - line.heard > self._silence_s and not (line.said_goodbye or self._is_closing):
                     self._lose(line, f"has said nothing for {self._silence_s:g} s: it hangs, or its node is gone")
