@@ -202,12 +202,20 @@ class Listener:
         """Until every other member has connected; raises `RankLostError` naming who has not."""
         missing = {member.rank: member for member in members if member.rank}
         lines: list[_Line] = []
-        deadline = time.monotonic() + deadline_s
+        beat = time.monotonic()
+        deadline = beat + deadline_s
         while missing:
-            self._socket.settimeout(max(0.01, deadline - time.monotonic()))
+            now = time.monotonic()
+            if now - beat >= BEAT_S:
+                beat = now
+                for line in lines:
+                    line.send(None)
+            self._socket.settimeout(max(0.01, min(deadline - now, BEAT_S)))
             try:
                 sock, _ = self._socket.accept()
             except TimeoutError:
+                if time.monotonic() < deadline:
+                    continue
                 names = ", ".join(map(str, missing.values()))
                 raise RankLostError(f"no connection in {deadline_s:g} s from {names}") from None
             rank = _shake_hands(sock, self.secret)
