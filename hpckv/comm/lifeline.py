@@ -141,12 +141,15 @@ class Lifeline:
     def _run(self) -> None:
         beat = time.monotonic()
         while self._lines and not self._trouble:
-            readable = select.select([line.socket for line in self._lines], [], [], BEAT_S / 4)[0]
+            poll = select.poll()  # select() knows the first 1024 files only
+            for line in self._lines:
+                poll.register(line.socket, select.POLLIN)
+            readable = {number for number, _ in poll.poll(BEAT_S * 250)}
             now = time.monotonic()
             for line in list(self._lines):
-                if line.socket in readable:
+                if line.socket.fileno() in readable:
                     self._hear(line)
-                elif now - line.heard > self._silence_s and not self._is_closing:
+                elif now - line.heard > self._silence_s and not (line.said_goodbye or self._is_closing):
                     self._lose(line, f"has said nothing for {self._silence_s:g} s: it hangs, or its node is gone")
             if now - beat >= BEAT_S:
                 beat = now
@@ -197,12 +200,20 @@ class Listener:
         """Until every other member has connected; raises `RankLostError` naming who has not."""
         missing = {member.rank: member for member in members if member.rank}
         lines: list[_Line] = []
-        deadline = time.monotonic() + deadline_s
+        beat = time.monotonic()
+        deadline = beat + deadline_s
         while missing:
-            self._socket.settimeout(max(0.01, deadline - time.monotonic()))
+            now = time.monotonic()
+            if now - beat >= BEAT_S:
+                beat = now
+                for line in lines:
+                    line.send(None)
+            self._socket.settimeout(max(0.01, min(deadline - now, BEAT_S)))
             try:
                 sock, _ = self._socket.accept()
             except TimeoutError:
+                if time.monotonic() < deadline:
+                    continue
                 names = ", ".join(map(str, missing.values()))
                 raise RankLostError(f"no connection in {deadline_s:g} s from {names}") from None
             rank = _shake_hands(sock, self.secret)

@@ -30,30 +30,27 @@ class _TorchPending(Pending):
         return True
 
 
-class _ThreadPending(Pending):
-    """Of a message from one rank to another, gloo tells nothing until it is waited for: a thread does."""
+class _MessagePending(Pending):
+    """gloo says that a message has passed only to who waits for it (`is_completed` stays false), so a thread does."""
 
-    def __init__(self, work: Any, *kept: Any) -> None:
-        self._kept = kept
+    def __init__(self, work: Any, buffer: Array) -> None:
+        self._work, self._buffer = work, buffer
         self._error: RuntimeError | None = None
-        self._is_over = threading.Event()
-        threading.Thread(target=self._wait, args=(work,), name="hpckv-gloo", daemon=True).start()
-
-    def _wait(self, work: Any) -> None:
-        try:
-            work.wait()
-        except RuntimeError as error:
-            self._error = error
-        self._is_over.set()
+        self._thread = threading.Thread(target=self._wait, name="hpckv-gloo", daemon=True)
+        self._thread.start()
 
     def is_done(self) -> bool:
-        if self._error:
-            raise _broken(self._error)
-        return self._is_over.is_set()
+        if self._thread.is_alive():
+            return False
+        if self._error is not None:
+            raise _broken(self._error) from None
+        return True
 
-
-def _broken(error: RuntimeError) -> RankLostError:
-    return RankLostError(f"a connection between ranks broke ({str(error).splitlines()[0]})")
+    def _wait(self) -> None:
+        try:
+            self._work.wait()
+        except RuntimeError as error:
+            self._error = error
 
 
 class TorchGroup(Group):
@@ -88,10 +85,10 @@ class TorchGroup(Group):
         return _TorchPending(self._gloo.allgather(pieces, _bytes(part)), part, whole, pieces)
 
     def send(self, buffer: Array, to: int, tag: int) -> Pending:
-        return _ThreadPending(self._gloo.send([_bytes(buffer)], to, tag), buffer)
+        return _MessagePending(self._gloo.send([_bytes(buffer)], to, tag), buffer)
 
     def receive(self, buffer: Array, source: int, tag: int) -> Pending:
-        return _ThreadPending(self._gloo.recv([_bytes(buffer)], source, tag), buffer)
+        return _MessagePending(self._gloo.recv([_bytes(buffer)], source, tag), buffer)
 
     def split(self, color: int) -> Group:
         colors = np.zeros(self.size, np.int32)
@@ -108,6 +105,10 @@ def distributed() -> Any:
     import torch.distributed
 
     return torch.distributed
+
+
+def _broken(error: RuntimeError) -> RankLostError:
+    return RankLostError(f"a connection between ranks broke ({str(error).splitlines()[0]})")
 
 
 def _bytes(buffer: Array) -> Any:

@@ -166,10 +166,17 @@ def enter(
             launch = replace(launch, kind="slurm")
     if launch.kind != "mpi":
         group = _enter_torch(launch, config, rendezvous)
-    _expect(config, group.size)
-    if group.size == 1:
-        return World.single()
-    return _join(config, group, mpi, launch, log_of(group.rank))
+    try:
+        _expect(config, group.size)
+        if group.size == 1:
+            return World.single()
+        members = _exchange_members(group, log_of(group.rank))
+        check_nodes(members, os.environ)
+    except ConfigError:  # on every rank
+        if mpi is not None:
+            mpi.Finalize()  # mpiexec kills the others if one ends without
+        raise
+    return _join(config, group, mpi, launch, members)
 
 
 def _expect(config: ParallelConfig, num_started: int) -> None:
@@ -262,14 +269,13 @@ def own_address(*, is_one_node: bool) -> str:
         address = socket.gethostbyname(socket.gethostname())
         if not address.startswith("127."):
             return address
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+    with suppress(OSError), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
         probe.connect(("192.0.2.1", 9))  # sends nothing: the kernel says which of its addresses it would use
         return str(probe.getsockname()[0])
+    raise ConfigError(f"{socket.gethostname()} has no address that other nodes reach; give one with HPCKV_HOST")
 
 
-def _join(config: ParallelConfig, group: Group, mpi: Any, launch: Launch, log: str) -> World:
-    members = _exchange_members(group, log)
-    check_nodes(members, os.environ)
+def _join(config: ParallelConfig, group: Group, mpi: Any, launch: Launch, members: tuple[Member, ...]) -> World:
     watch = Watch(config.start_deadline_s)
     num_hosts = len({member.host for member in members})
     lifeline = _connect_lifeline(group, members, watch, config.silence_s, is_one_node=num_hosts == 1)
@@ -291,7 +297,7 @@ def _exchange_members(group: Group, log: str) -> tuple[Member, ...]:
     everybody = np.zeros(group.size, _MEMBER)
     Watch(_FIND_S).wait(group.all_gather(own, everybody), "every rank to say where it is")
     return tuple(
-        Member(rank, bytes(row["host"]).decode(), int(row["pid"]), bytes(row["log"]).decode())
+        Member(rank, bytes(row["host"]).decode(), int(row["pid"]), bytes(row["log"]).decode(errors="ignore"))
         for rank, row in enumerate(everybody)
     )
 
