@@ -11,7 +11,7 @@ def strike() -> None:
     """What happens, once."""
     if ACTION == "raise":
         raise RuntimeError("struck")
-    os.kill(os.getpid(), {"kill": signal.SIGKILL, "stop": signal.SIGSTOP}[ACTION])
+    os.kill(os.getpid(), {"kill": signal.SIGKILL, "stop": signal.SIGSTOP, "drain": signal.SIGUSR1}[ACTION])
 
 
 def arm() -> None:

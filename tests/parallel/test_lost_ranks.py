@@ -60,16 +60,20 @@ def environ(fault: str) -> dict[str, str]:
     return {**os.environ, "FAULT": fault, "OMP_NUM_THREADS": "1"}
 
 
-def check(folder, checkpoint, grid, phase, action, rank):
-    lines = chat_lines(12)
-    run_file = write_run(
+def some_run(folder, checkpoint):
+    """A run file of twelve requests, four at a time."""
+    return write_run(
         folder,
         checkpoint("llama", tokenizer=True, num_key_value_heads=2),
-        lines,
+        chat_lines(12),
         sampling={"max_tokens": 12, "ignore_eos": True},
         engine={"max_requests": 4},
         store={"shared": str(folder / "store"), "write": "all", "seal_s": 0.2},
     )
+
+
+def check(folder, checkpoint, grid, phase, action, rank):
+    run_file = some_run(folder, checkpoint)
     begun = time.monotonic()
     codes, said = (start_by_hand if action == "kill" else start)(run_file, grid, f"{rank} {phase} {action}")
     assert time.monotonic() - begun < 60  # of it 30 at most after the fault, the rest is starting
@@ -104,3 +108,14 @@ def test_a_lost_rank_ends_the_run_and_the_next_start_completes_it(tmp_path, chec
 @pytest.mark.parametrize(("grid", "phase", "action", "rank"), [case for case in EVERY if case not in SOME])
 def test_every_rank_in_every_phase(tmp_path, checkpoint, grid, phase, action, rank):
     check(tmp_path, checkpoint, grid, phase, action, rank)
+
+
+@pytest.mark.mpi
+@pytest.mark.parametrize("rank", RANKS)
+def test_a_signal_to_any_rank_drains_the_run(tmp_path, checkpoint, rank):
+    run_file = some_run(tmp_path, checkpoint)
+    codes, said = start(run_file, "tp", f"{rank} decode drain")
+    assert codes == [75], said
+    assert "requests left; the same command goes on from here" in said
+    assert start(run_file, "pp")[0] == [0]  # on another grid, too
+    assert len(texts(tmp_path)) == 12
