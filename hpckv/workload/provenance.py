@@ -39,6 +39,8 @@ def provenance(config: RunConfig, engine: Engine) -> dict[str, Any]:
         "container": os.environ.get("APPTAINER_CONTAINER") or os.environ.get("SINGULARITY_CONTAINER"),
         "slurm_job": os.environ.get("SLURM_JOB_ID"),
         "topology": {"tp": config.parallel.tp, "pp": config.parallel.pp, "replicas": config.parallel.replicas},
+        "hosts_of_ranks": [member.host for member in engine.rank.world.members] or [platform.node()],
+        "stage_ends": list(engine.rank.dims.stage_ends) or [engine.model_config.num_layers],
         "numerics": config.engine.numerics,
         "seed": config.engine.seed,
         "bridged_blocks": engine.bridged_blocks,
