@@ -23,6 +23,7 @@ from hpckv.engine.request import SamplingParams, TokenLogprob
 _MASK = (1 << 64) - 1
 _CANDIDATES = 256
 """Most probable tokens each rank gives for a draw from an unbounded distribution."""
+_LEAST_TEMPERATURE = 1e-6
 
 Floats = npt.NDArray[np.float64]
 
@@ -41,6 +42,11 @@ class Draw:
         if self.params.temperature == 0:
             return max(1, self.params.logprobs or 0)
         return max(self.params.top_k or _CANDIDATES, self.params.logprobs or 0)
+
+    @property
+    def temperature(self) -> float:
+        """What logits are divided by: no less than what leaves them some digits."""
+        return max(self.params.temperature, _LEAST_TEMPERATURE)
 
     @property
     def is_plain(self) -> bool:
@@ -142,7 +148,7 @@ def _gather_candidates(
     held = min(size, count + 1)
     values, ids = (t.cpu() for t in logits_RV.topk(held, dim=-1))
     exact = logits_RV.double()
-    scale = torch.tensor([max(draw.params.temperature, 1e-6) for draw in draws], dtype=torch.float64)
+    scale = torch.tensor([draw.temperature for draw in draws], dtype=torch.float64)
     lse = exact.logsumexp(-1).cpu()
     tempered = (exact / scale.to(exact.device)[:, None]).logsumexp(-1).cpu()
     # Below this logit there may be tokens that were not given.
@@ -188,7 +194,7 @@ def _settle(known: _Known, draw: Draw) -> Sampled | None:
 def _place(known: _Known, draw: Draw) -> int | None:
     """Which of the candidates is drawn."""
     params = draw.params
-    scaled, lse = known.logits / params.temperature, known.lse_tempered
+    scaled, lse = known.logits / draw.temperature, known.lse_tempered
     is_bounded = known.is_whole
     if params.top_k:
         if len(scaled) < params.top_k and not known.is_whole:
