@@ -78,13 +78,12 @@ def sample(
         return []
     collectives = collectives or SingleRank()
     found = _plain(logits_RV, first_id, collectives)
-    rows = [row for row, draw in enumerate(draws) if not draw.is_plain]
+    rows = [row for row, draw in enumerate(draws) if not draw.is_plain and found[row].is_finite]
     if rows:
         chosen = [draws[row] for row in rows]
         for row, drawn in zip(rows, _draw_rows(logits_RV[rows], chosen, first_id, collectives), strict=True):
-            if found[row].is_finite:
-                assert drawn is not None
-                found[row] = drawn
+            assert drawn is not None
+            found[row] = drawn
     return found
 
 
@@ -138,7 +137,6 @@ def _draw_rows(
         whole = _gather_candidates(logits_RV[unsettled], some, width, first_id, collectives)
         for row, everything, draw in zip(unsettled, whole, some, strict=True):
             found[row] = _settle(everything, draw)
-    assert None not in found or not torch.isfinite(logits_RV).all()
     return found
 
 
