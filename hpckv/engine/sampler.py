@@ -24,6 +24,9 @@ from hpckv.engine.request import SamplingParams, TokenLogprob
 _MASK = (1 << 64) - 1
 _CANDIDATES = 256
 """Most probable tokens each rank gives for a draw from an unbounded distribution."""
+_LEAST_TEMPERATURE = 1e-6
+_ROUNDING = 1e-7
+"""Probabilities add up to `top_p` if no more than this is missing: three times a tenth are 0.3, on any number of ranks."""
 
 Floats = npt.NDArray[np.float64]
 
@@ -41,6 +44,11 @@ class Draw(NamedTuple):
         if self.params.temperature == 0:
             return max(1, self.params.logprobs or 0)
         return max(self.params.top_k or _CANDIDATES, self.params.logprobs or 0)
+
+    @property
+    def temperature(self) -> float:
+        """What logits are divided by: no less than what leaves them some digits."""
+        return max(self.params.temperature, _LEAST_TEMPERATURE)
 
     @property
     def is_plain(self) -> bool:
@@ -70,13 +78,12 @@ def sample(
         return []
     collectives = collectives or SingleRank()
     found = _plain(logits_RV, first_id, collectives)
-    rows = [row for row, draw in enumerate(draws) if not draw.is_plain]
+    rows = [row for row, draw in enumerate(draws) if not draw.is_plain and found[row].is_finite]
     if rows:
         chosen = [draws[row] for row in rows]
         for row, drawn in zip(rows, _draw_rows(logits_RV[rows], chosen, first_id, collectives), strict=True):
-            if found[row].is_finite:
-                assert drawn is not None
-                found[row] = drawn
+            assert drawn is not None
+            found[row] = drawn
     return found
 
 
@@ -130,7 +137,6 @@ def _draw_rows(
         whole = _gather_candidates(logits_RV[unsettled], some, width, first_id, collectives)
         for row, everything, draw in zip(unsettled, whole, some, strict=True):
             found[row] = _settle(everything, draw)
-    assert None not in found or not torch.isfinite(logits_RV).all()
     return found
 
 
@@ -142,7 +148,7 @@ def _gather_candidates(
     held = min(size, count + 1)
     values, ids = (t.cpu() for t in logits_RV.topk(held, dim=-1))
     exact = logits_RV.double()
-    scale = torch.tensor([max(draw.params.temperature, 1e-6) for draw in draws], dtype=torch.float64)
+    scale = torch.tensor([draw.temperature for draw in draws], dtype=torch.float64)
     lse = exact.logsumexp(-1).cpu()
     tempered = (exact / scale.to(exact.device)[:, None]).logsumexp(-1).cpu()
     # Below this logit there may be tokens that were not given.
@@ -188,7 +194,7 @@ def _settle(known: _Known, draw: Draw) -> Sampled | None:
 def _place(known: _Known, draw: Draw) -> int | None:
     """Which of the candidates is drawn."""
     params = draw.params
-    scaled, lse = known.logits / params.temperature, known.lse_tempered
+    scaled, lse = known.logits / draw.temperature, known.lse_tempered
     is_bounded = known.is_whole
     if params.top_k:
         if len(scaled) < params.top_k and not known.is_whole:
@@ -197,7 +203,7 @@ def _place(known: _Known, draw: Draw) -> int | None:
         lse = float(np.logaddexp.reduce(scaled))
     cumulative = np.exp(scaled - lse).cumsum()
     if params.top_p < 1:
-        keep = int((cumulative < params.top_p).sum()) + 1  # the token that crosses the threshold stays
+        keep = int((cumulative < params.top_p - _ROUNDING).sum()) + 1  # the token that reaches the threshold stays
         if keep > len(cumulative) and not is_bounded:
             return None
         cumulative, is_bounded = cumulative[:keep], True

@@ -37,6 +37,7 @@ _SAMPLING = struct.Struct("<ddQii")
 _SAMPLING_INTS = _SAMPLING.size // 4
 _KEY_INTS = 8
 _CHUNK_INTS = 6
+_MOST = 2**31 - 1
 
 
 @dataclass(frozen=True)
@@ -179,7 +180,8 @@ def _take(values: Iterator[int], count: int) -> list[int]:
 def _sampling_ints(seq: RunningSequence) -> list[int]:
     params = seq.params
     logprobs = -1 if params.logprobs is None else params.logprobs
-    packed = _SAMPLING.pack(params.temperature, params.top_p, seq.seed, params.top_k, logprobs)
+    top_k = min(params.top_k, _MOST)  # no vocabulary is larger
+    packed = _SAMPLING.pack(params.temperature, params.top_p, seq.seed, top_k, logprobs)
     return _ints_of(packed)
 
 
