@@ -150,15 +150,15 @@ def draws_of(count: int, **params) -> list[Draw]:
 
 def test_frequencies_of_a_cut_vocabulary_follow_the_softmax():
     logits = torch.tensor([1.0, 0.0, -1.0, 2.0, 2.0])
-    found, _ = sample_cut(logits.expand(4000, 5), draws_of(4000, temperature=1.0), [1, 2, 4])
-    counts, wanted = Counter(each.token for each in found), logits.softmax(-1) * 4000
-    assert all(abs(counts[token] - wanted[token]) < 130 for token in range(5))
-    found, _ = sample_cut(logits.expand(4000, 5), draws_of(4000, temperature=2.0, top_k=3, top_p=0.8), [3])
+    found, _ = sample_cut(logits.expand(2000, 5), draws_of(2000, temperature=1.0), [1, 2, 4])
+    counts, wanted = Counter(each.token for each in found), logits.softmax(-1) * 2000
+    assert all(abs(counts[token] - wanted[token]) < 90 for token in range(5))
+    found, _ = sample_cut(logits.expand(2000, 5), draws_of(2000, temperature=2.0, top_k=3, top_p=0.8), [3])
     counts, wanted = Counter(each.token for each in found), (logits / 2).softmax(-1)
     # 0.38 and 0.38 of the three most probable ones reach no 0.8: the third stays.
-    wanted = 4000 * wanted / wanted[[0, 3, 4]].sum()
+    wanted = 2000 * wanted / wanted[[0, 3, 4]].sum()
     assert set(counts) == {0, 3, 4}
-    assert all(abs(counts[token] - wanted[token]) < 130 for token in (0, 3, 4))
+    assert all(abs(counts[token] - wanted[token]) < 90 for token in (0, 3, 4))
 
 
 def test_of_equals_the_lowest_id_comes_first_wherever_the_vocabulary_is_cut():
