@@ -48,7 +48,7 @@ class Done(Pending):
 
 
 class Group(ABC):
-    """`size` processes, of which this is number `rank`."""
+    """`size` processes, of which this is number `rank`. What a group must do is checked by `hpckv.testing.group_suite`."""
 
     rank: int
     size: int

@@ -260,7 +260,7 @@ def _store_by_file(launch: Launch, folder: Path | None, timeout: datetime.timede
 
 
 def own_address(*, is_one_node: bool) -> str:
-    """Where this node's other ranks, or other nodes', reach this process. `HPCKV_HOST` overrides it."""
+    """Where this node's other ranks, or other nodes', reach this process, or `HPCKV_HOST`; raises `ConfigError` if nowhere."""
     if given := os.environ.get("HPCKV_HOST"):
         return given
     if is_one_node:

@@ -24,6 +24,8 @@ from hpckv.engine.request import SamplingParams, TokenLogprob
 _MASK = (1 << 64) - 1
 _CANDIDATES = 256
 """Most probable tokens each rank gives for a draw from an unbounded distribution."""
+_MOST_CANDIDATES = 4096
+"""No matter how large `top_k` is: beyond it the row is gathered whole."""
 _LEAST_TEMPERATURE = 1e-6
 _ROUNDING = 1e-7
 """Probabilities add up to `top_p` if no more than this is missing: three times a tenth are 0.3, on any number of ranks."""
@@ -43,7 +45,7 @@ class Draw(NamedTuple):
         """Most probable tokens that settle the draw, as far as one can know before."""
         if self.params.temperature == 0:
             return max(1, self.params.logprobs or 0)
-        return max(self.params.top_k or _CANDIDATES, self.params.logprobs or 0)
+        return max(min(self.params.top_k, _MOST_CANDIDATES) or _CANDIDATES, self.params.logprobs or 0)
 
     @property
     def temperature(self) -> float:

@@ -1,1 +1,1 @@
-"""Test kits for those who extend hpckv: the tier conformance suite, tiny checkpoints. Nothing here is imported by it."""
+"""Test kits for those who extend hpckv: conformance suites of tiers and groups, tiny checkpoints. It imports nothing from here."""

@@ -1,6 +1,8 @@
 """Waiting: a deadline ends it and says for what, so does bad news, and signals are handled meanwhile."""
 
+import os
 import signal
+import threading
 
 import pytest
 
@@ -27,17 +29,18 @@ class Broken(Pending):
 
 
 @pytest.fixture
-def alarm():
-    """alarm(handler): it is called in 50 ms, by a signal."""
-    before = signal.getsignal(signal.SIGALRM)
+def signalled():
+    """signalled(handler): it is called in 50 ms, by a signal."""
+    before = signal.getsignal(signal.SIGUSR1)
+    timer = threading.Timer(0.05, os.kill, [os.getpid(), signal.SIGUSR1])
 
-    def at(handler) -> None:
-        signal.signal(signal.SIGALRM, lambda number, frame: handler())
-        signal.setitimer(signal.ITIMER_REAL, 0.05)
+    def start(handler) -> None:
+        signal.signal(signal.SIGUSR1, lambda number, frame: handler())
+        timer.start()
 
-    yield at
-    signal.setitimer(signal.ITIMER_REAL, 0)
-    signal.signal(signal.SIGALRM, before)
+    yield start
+    timer.join()
+    signal.signal(signal.SIGUSR1, before)
 
 
 def test_a_deadline_names_what_was_waited_for_and_asks_for_a_restart():
@@ -90,20 +93,20 @@ def test_a_broken_operation_breaks_the_watch():
     assert watch.is_broken
 
 
-def test_a_signal_handler_runs_while_waiting(alarm):
+def test_a_signal_handler_runs_while_waiting(signalled):
     entries: list[str] = []
-    alarm(lambda: entries.append("signal"))
+    signalled(lambda: entries.append("signal"))
     watch = Watch(3600.0)
     watch.wait(DoneWhen(entries), "a signal")
     assert entries == ["signal"]
     assert not watch.is_broken
 
 
-def test_a_signal_handler_that_raises_ends_the_wait(alarm):
+def test_a_signal_handler_that_raises_ends_the_wait(signalled):
     def interrupt() -> None:
         raise KeyboardInterrupt
 
-    alarm(interrupt)
+    signalled(interrupt)
     watch = Watch(3600.0)
     with pytest.raises(KeyboardInterrupt):
         watch.wait(NEVER, "a signal")
