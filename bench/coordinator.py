@@ -63,16 +63,19 @@ def main() -> None:
         reader.decode(array)
         read = time.perf_counter()
         scheduler.complete(plan)
+        completed = time.perf_counter()
         for chunk in plan.chunks:
             if chunk.samples:
                 chunk.seq.tokens.append(rng.randrange(128_000))
         # Each request ends after about 200 tokens, so that others take their place.
-        for seq in [c.seq for c in plan.chunks if c.samples and rng.random() < 1 / 200]:
+        ended = [c.seq for c in plan.chunks if c.samples and rng.random() < 1 / 200]
+        ending = time.perf_counter()
+        for seq in ended:
             scheduler.finish(seq)
-        done = time.perf_counter()
+        ending = time.perf_counter() - ending
         kind = "decode" if plan.num_tokens == len(plan.chunks) else "prefill"
         size = 4 * max(FIRST_INTS, len(array))
-        rows[kind].append((planned - begun + done - read, written - planned, read - written, size))
+        rows[kind].append((planned - begun + completed - read + ending, written - planned, read - written, size))
     table = Table(
         "steps", "count", "scheduling ms", "message ms", "reading it ms", "message KiB, median", "most", box=None
     )

@@ -133,7 +133,8 @@ class Scheduler:
         for chunk in plan.chunks:
             self._in_flight.discard(chunk.seq)
             self._count(chunk)
-            self._wake(self.cache.commit(chunk.seq, chunk.end))
+            if completed := self.cache.commit(chunk.seq, chunk.end):
+                self._wake(completed)
 
     def finish(self, seq: RunningSequence) -> None:
         """A running sequence is done; its complete blocks stay for others."""
@@ -262,9 +263,9 @@ class Scheduler:
 
     def _count(self, chunk: ScheduledChunk) -> None:
         seq = chunk.seq
-        if chunk.start >= max(seq.highest_computed, seq.num_prompt_tokens):
+        if chunk.start >= seq.highest_computed and chunk.start >= seq.num_prompt_tokens:
             self.stats.decode_tokens += chunk.num_tokens
-            seq.highest_computed = chunk.end
+            seq.highest_computed = chunk.start + chunk.num_tokens
             return
         fresh = max(chunk.start, min(chunk.end, seq.highest_computed))
         in_prompt = max(0, min(chunk.end, seq.num_prompt_tokens) - fresh)

@@ -258,7 +258,7 @@ class CacheManager:
         size = self.block_tokens
         seq.num_computed = num_computed
         completed: list[bytes] = []
-        if not self._reuse:
+        if not self._reuse or num_computed // size == seq.num_registered:
             return completed
         for number in range(seq.num_registered, num_computed // size):
             if number == len(seq.keys):
