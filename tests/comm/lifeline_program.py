@@ -17,7 +17,7 @@ from hpckv.errors import HpckvError, ModelError
 
 lifeline.BEAT_S = 0.1
 lifeline.LAST_WORDS_S = 0.5
-Lifeline.__init__.__kwdefaults__["silence_s"] = 3.0
+Lifeline.__init__.__kwdefaults__["silence_s"] = 2.0
 
 PATIENCE_S = 60.0
 

@@ -58,7 +58,7 @@ def test_rank_0_being_killed_is_noticed_by_all_others():
 
 
 def test_a_rank_that_hangs_is_noticed_by_its_silence():
-    lost = "rank 1 on node1 (pid 101, logs/rank-1.log) has said nothing for 3 s: it hangs, or its node is gone"
+    lost = "rank 1 on node1 (pid 101, logs/rank-1.log) has said nothing for 2 s: it hangs, or its node is gone"
     assert end_of("follow", "hang", "follow") == [(75, lost), (-9, ""), (75, lost)]
 
 
@@ -104,7 +104,7 @@ def test_a_job_that_is_suspended_as_a_whole_goes_on_where_it_was():
     assert [rank.stdout.readline() for rank in ranks] == ["here\n"] * 3
     for rank in ranks:
         rank.send_signal(signal.SIGSTOP)
-    time.sleep(4.0)  # longer than the 3 s after which silence counts
+    time.sleep(3.0)  # longer than the 2 s after which silence counts
     for rank in ranks:
         rank.send_signal(signal.SIGCONT)
     time.sleep(1.0)
