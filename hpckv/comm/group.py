@@ -24,6 +24,7 @@ Array = npt.NDArray[Any]
 _SPINS = 200
 _YIELDS = 200
 _NAP_S = 0.0002
+_STOPPED_S = 1.0
 
 
 class RankLostError(HpckvError):
@@ -150,6 +151,7 @@ class Watch:
         if pending.is_done():
             return
         begun, polls = time.perf_counter(), 0
+        looked = begun
         while not pending.is_done():
             polls += 1
             if polls < _SPINS:
@@ -158,7 +160,11 @@ class Watch:
                 os.sched_yield()
                 continue
             self.check()
-            if time.perf_counter() - begun > self.deadline_s:
+            now = time.perf_counter()
+            if now - looked > _STOPPED_S:  # it was this process that stood still, perhaps with all others
+                begun += now - looked
+            looked = now
+            if now - begun > self.deadline_s:
                 raise RankLostError(f"no answer in {self.deadline_s:g} s: {what}")
             time.sleep(_NAP_S)
         self.waited_s += time.perf_counter() - begun

@@ -139,13 +139,17 @@ class Lifeline:
             line.send({"goodbye": True})
 
     def _run(self) -> None:
-        beat = time.monotonic()
+        beat = awake = time.monotonic()
         while self._lines and not self._trouble:
             poll = select.poll()  # select() knows the first 1024 files only
             for line in self._lines:
                 poll.register(line.socket, select.POLLIN)
             readable = {number for number, _ in poll.poll(BEAT_S * 250)}
             now = time.monotonic()
+            if now - awake > self._silence_s / 2:  # it was this process that stood still, perhaps with all others
+                for line in self._lines:
+                    line.heard = now
+            awake = now
             for line in list(self._lines):
                 if line.socket.fileno() in readable:
                     self._hear(line)

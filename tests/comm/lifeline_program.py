@@ -18,7 +18,7 @@ from hpckv.errors import HpckvError, ModelError
 lifeline.BEAT_S = 0.1
 lifeline.LAST_WORDS_S = 0.5
 
-PATIENCE_S, SILENCE_S = 60.0, 3.0
+PATIENCE_S, SILENCE_S = 60.0, 2.0
 
 
 def enter(rank: int, size: int) -> Lifeline:
@@ -39,11 +39,23 @@ def follow(line: Lifeline) -> None:
     line.check()
 
 
+def stay(line: Lifeline) -> None:
+    """Compute until there is no more input."""
+    is_over = threading.Event()
+    threading.Thread(target=lambda: sys.stdin.read() or is_over.set(), daemon=True).start()
+    print("here", flush=True)
+    while not is_over.wait(0.01):
+        line.check()
+
+
 def behave(line: Lifeline, behaviour: str) -> None:
     match behaviour:
         case "follow":
             follow(line)
         case "leave":
+            line.close()
+        case "stay":
+            stay(line)
             line.close()
         case "die":
             os.kill(os.getpid(), signal.SIGKILL)

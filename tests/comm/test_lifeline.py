@@ -22,8 +22,8 @@ from tests.parallel.ranks import TOP
 MEMBERS = [Member(n, f"node{n}", 100 + n) for n in range(3)]
 
 
-def end_of(*behaviours: str) -> list[tuple[int, str]]:
-    """Exit codes and last lines of a run whose ranks behave like this."""
+def start(*behaviours: str) -> list[subprocess.Popen]:
+    """A run whose ranks behave like this."""
     command = [sys.executable, "-m", "tests.comm.lifeline_program"]
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "cwd": TOP}
     ranks = [
@@ -31,18 +31,20 @@ def end_of(*behaviours: str) -> list[tuple[int, str]]:
         for rank, behaviour in enumerate(behaviours)
     ]
     address = ranks[0].stdout.readline()
-    outputs = {}
     for rank in ranks[1:]:
         rank.stdin.write(address)
         rank.stdin.flush()
-    for number, behaviour in enumerate(behaviours):
-        if behaviour != "hang":
-            outputs[number] = ranks[number].communicate(timeout=60)
-    for number, behaviour in enumerate(behaviours):
-        if behaviour == "hang":  # until everybody else is gone
-            ranks[number].send_signal(signal.SIGKILL)
-            outputs[number] = ranks[number].communicate()
-    return [(rank.returncode, "".join(outputs[number]).strip()) for number, rank in enumerate(ranks)]
+    return ranks
+
+
+def end_of(*behaviours: str) -> list[tuple[int, str]]:
+    """Exit codes and last words of such a run."""
+    ranks = start(*behaviours)
+    said = {n: ranks[n].communicate(timeout=60) for n, behaviour in enumerate(behaviours) if behaviour != "hang"}
+    for number in set(range(len(ranks))) - set(said):  # what hangs, once everybody else is gone
+        ranks[number].kill()
+        said[number] = ranks[number].communicate()
+    return [(rank.returncode, "".join(said[number]).strip()) for number, rank in enumerate(ranks)]
 
 
 def test_a_rank_that_is_killed_is_named_on_all_others():
@@ -56,7 +58,7 @@ def test_rank_0_being_killed_is_noticed_by_all_others():
 
 
 def test_a_rank_that_hangs_is_noticed_by_its_silence():
-    lost = "rank 1 on node1 (pid 101, logs/rank-1.log) has said nothing for 3 s: it hangs, or its node is gone"
+    lost = "rank 1 on node1 (pid 101, logs/rank-1.log) has said nothing for 2 s: it hangs, or its node is gone"
     assert end_of("follow", "hang", "follow") == [(75, lost), (-9, ""), (75, lost)]
 
 
@@ -94,6 +96,25 @@ def test_a_goodbye_is_not_trouble_and_a_death_after_it_is():
 
 def test_nobody_minds_that_rank_0_goes_after_its_goodbye():
     assert end_of("leave", "follow", "follow") == [(0, "over"), (0, "over"), (0, "over")]
+
+
+def test_a_job_that_is_suspended_as_a_whole_goes_on_where_it_was():
+    """As Slurm does with gang scheduling: what was silent is this process, not the others."""
+    ranks = start("stay", "stay", "stay")
+    assert [rank.stdout.readline() for rank in ranks] == ["here\n"] * 3
+    for rank in ranks:
+        rank.send_signal(signal.SIGSTOP)
+    time.sleep(3.0)  # longer than the 2 s after which silence counts
+    for rank in ranks:
+        rank.send_signal(signal.SIGCONT)
+    time.sleep(1.0)
+    for rank in ranks:
+        rank.stdin.close()
+    assert [rank.wait(timeout=60) for rank in ranks] == [0, 0, 0]
+    assert [rank.stdout.read() for rank in ranks] == ["over\n"] * 3
+    for rank in ranks:
+        rank.stdout.close()
+        rank.stderr.close()
 
 
 class Peer:

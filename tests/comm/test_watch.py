@@ -6,6 +6,7 @@ import threading
 
 import pytest
 
+from hpckv.comm import group
 from hpckv.comm.group import Done, Pending, RankLostError, Watch
 from hpckv.errors import ModelError
 
@@ -71,6 +72,28 @@ def test_news_are_looked_for_again_and_again_until_it_is_done():
     assert len(looks) == 5
     assert watch.waited_s > 0
     assert not watch.is_broken
+
+
+class Clock:
+    """Half a second from look to look, but an hour before the third one."""
+
+    def __init__(self) -> None:
+        self.times = iter([0.0, 0.5, *(3600 + n / 2 for n in range(100))])
+
+    def perf_counter(self) -> float:
+        return next(self.times)
+
+    def sleep(self, seconds: float) -> None:
+        pass
+
+
+def test_time_in_which_the_process_itself_was_stopped_does_not_count(monkeypatch):
+    monkeypatch.setattr(group, "time", Clock())
+    looks: list[int] = []
+    watch = Watch(10.0, lambda: looks.append(1))
+    with pytest.raises(RankLostError, match="no answer in 10 s: a rank that was stopped too"):
+        watch.wait(NEVER, "a rank that was stopped too")
+    assert len(looks) == 22
 
 
 def test_bad_news_end_the_wait_with_their_own_exit_code():
