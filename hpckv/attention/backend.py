@@ -5,7 +5,7 @@ A step runs T packed tokens: chunks of several sequences one after another. For 
 
     - may read any page named in a chunk, and reads no other;
     - is called after the chunk's own keys and values were written into their pages;
-    - keeps nothing between steps.
+    - keeps nothing between steps but copies of keys and values, each for the chunk's `owner`.
 
 Shapes: T packed tokens, N heads, K KV heads, H head size, P pages, S slots in a page. Head n reads KV head
 n // (N // K).
@@ -29,6 +29,8 @@ class SequenceChunk:
     """Position of the chunk's first token in its sequence."""
     num_tokens: int
     pages: Sequence[int]
+    owner: int = 0
+    """Names one admission of a sequence: keys and values at positions that it has passed never change. 0 is nobody's."""
 
     @property
     def end(self) -> int:
@@ -79,13 +81,24 @@ class AttentionBackend(ABC):
 
 
 def make_backend(
-    numerics: str, *, block_tokens: int, device: torch.device, shares_prefixes: bool = True
+    numerics: str,
+    *,
+    block_tokens: int,
+    device: torch.device,
+    shares_prefixes: bool = True,
+    kept_tail_tokens: int = 0,
 ) -> AttentionBackend:
-    """The backend for `numerics` (`fast` or `strict`) on `device`."""
+    """The backend for `numerics` (`fast` or `strict`) on `device`.
+
+    Keys and values of up to `kept_tail_tokens` are kept from one decode step to the next, which pays where consecutive steps
+    decode the same sequences.
+    """
     if numerics == "strict":
         from hpckv.attention.strict import StrictBackend
 
         return StrictBackend(block_tokens=block_tokens, device=device)
     from hpckv.attention.sdpa import SdpaBackend
 
-    return SdpaBackend(block_tokens=block_tokens, device=device, shares_prefixes=shares_prefixes)
+    return SdpaBackend(
+        block_tokens=block_tokens, device=device, shares_prefixes=shares_prefixes, kept_tail_tokens=kept_tail_tokens
+    )

@@ -24,6 +24,7 @@ from dataclasses import dataclass, field
 import torch
 
 from hpckv.attention.backend import AttentionBackend, AttentionPlan, HeadShape, SequenceChunk
+from hpckv.attention.decode_tails import DecodeTails, Tail, Update
 from hpckv.attention.kernels import Merger, attend_with_lse
 from hpckv.attention.sharing import MIN_SAVED_TOKENS, find_shared_runs
 
@@ -71,7 +72,16 @@ class Masked:
     mask_RL: torch.Tensor
 
 
-Problem = Full | Causal | Padded | Masked
+@dataclass(frozen=True)
+class Kept:
+    """One row a problem, over keys that are kept from step to step; `mask_BL` is 0 or -inf."""
+
+    rows_B: Rows
+    update: Update
+    mask_BL: torch.Tensor
+
+
+Problem = Full | Causal | Padded | Kept | Masked
 
 
 @dataclass
@@ -85,7 +95,10 @@ class SdpaPlan:
 class SdpaBackend(AttentionBackend):
     """Throughput first; results do not depend on batch mates beyond rounding."""
 
-    def __init__(self, *, block_tokens: int, device: torch.device, shares_prefixes: bool = True) -> None:
+    def __init__(
+        self, *, block_tokens: int, device: torch.device, shares_prefixes: bool = True, kept_tail_tokens: int = 0
+    ) -> None:
+        self._tails = DecodeTails(kept_tail_tokens) if kept_tail_tokens else None
         self.block_tokens = block_tokens
         self.device = device
         self.shares_prefixes = shares_prefixes
@@ -109,9 +122,9 @@ class SdpaBackend(AttentionBackend):
     ) -> torch.Tensor:
         assert isinstance(plan, SdpaPlan)
         problems = plan.problems[shape.window]
-        step = _Step(q_TNH, keys_XKH, values_XKH, shape)
-        if len(problems) == 1:  # then it has every row, in order
-            return step.solve(problems[0])[1]
+        step = _Step(q_TNH, keys_XKH, values_XKH, shape, self._tails)
+        if len(problems) == 1 and not (isinstance(problems[0], Kept) and isinstance(problems[0].rows_B, torch.Tensor)):
+            return step.solve(problems[0])[1]  # it has every row, in order
         merger = Merger(q_TNH)
         for problem in problems:
             merger.add(*step.solve(problem))
@@ -145,14 +158,18 @@ class SdpaBackend(AttentionBackend):
             parts = [self._slots(chunks[i].pages, chunks[i].start, chunks[i].end) for i in same]
             slots = parts[0] if len(parts) == 1 else torch.cat([_as_index(p, self.device) for p in parts])
             problems.append(Causal(self._as_rows(rows), slots, len(same)))
-        return problems + self._plan_tails(chunks, first_rows, tails)
+        return problems + self._plan_tails(chunks, first_rows, tails, self._tails)
 
     def _plan_tails(
-        self, chunks: Sequence[SequenceChunk], first_rows: Sequence[int], tails: Sequence[tuple[int, int, int]]
+        self,
+        chunks: Sequence[SequenceChunk],
+        first_rows: Sequence[int],
+        tails: Sequence[tuple[int, int, int]],
+        keep: DecodeTails | None = None,
     ) -> list[Problem]:
         """Decode rows: (chunk, first position, end) of what each still has to attend."""
         problems: list[Problem] = []
-        padded: list[tuple[int, torch.Tensor]] = []
+        padded: list[Tail] = []
         for i, first, end in tails:
             row, pages = first_rows[i], chunks[i].pages
             split = self._end_of_run(pages, first, end)
@@ -160,15 +177,26 @@ class SdpaBackend(AttentionBackend):
                 problems.append(Full(slice(row, row + 1), self._slots(pages, first, split)))
                 first = split
             if first < end:
-                padded.append((row, _as_index(self._slots(pages, first, end), self.device)))
-        if padded:
-            rows = self._as_rows([row for row, _ in padded])
-            slots_BL = torch.nn.utils.rnn.pad_sequence([s for _, s in padded], batch_first=True)
-            lengths = torch.tensor([len(s) for _, s in padded], device=self.device)
-            hidden = torch.arange(slots_BL.shape[1], device=self.device) >= lengths[:, None]
-            mask_BL = torch.zeros(slots_BL.shape, device=self.device).masked_fill_(hidden, -math.inf)
-            problems.append(Padded(rows, slots_BL, mask_BL))
+                slots = _as_index(self._slots(pages, first, end), self.device)
+                padded.append(Tail(row, chunks[i].owner, first, slots))
+        if padded and keep and all(tail.owner for tail in padded) and (update := keep.plan(padded)):
+            problems.append(Kept(self._as_index_of_rows(update.tails), update, self._mask(update.tails)))
+        elif padded:
+            slots_BL = torch.nn.utils.rnn.pad_sequence([tail.slots for tail in padded], batch_first=True)
+            problems.append(Padded(self._as_rows([tail.row for tail in padded]), slots_BL, self._mask(padded)))
         return problems
+
+    def _mask(self, tails: Sequence[Tail]) -> torch.Tensor:
+        """(B, L): 0 where a tail has a key, minus infinity behind its end."""
+        lengths = torch.tensor([tail.length for tail in tails], device=self.device)
+        longest = max(tail.length for tail in tails)
+        hidden = torch.arange(longest, device=self.device) >= lengths[:, None]
+        return torch.zeros(hidden.shape, device=self.device).masked_fill_(hidden, -math.inf)
+
+    def _as_index_of_rows(self, tails: Sequence[Tail]) -> Rows:
+        rows = [tail.row for tail in tails]
+        is_run = all(b - a == 1 for a, b in itertools.pairwise(rows))
+        return slice(rows[0], rows[-1] + 1) if is_run else torch.tensor(rows, device=self.device)
 
     def _end_of_run(self, pages: Sequence[int], first: int, end: int) -> int:
         """The position up to which [first, end) lies in consecutive pages."""
@@ -220,6 +248,7 @@ class _Step:
     keys_XKH: torch.Tensor
     values_XKH: torch.Tensor
     shape: HeadShape
+    tails: DecodeTails | None = None
 
     def solve(self, problem: Problem) -> tuple[Rows, torch.Tensor, torch.Tensor]:
         """(rows, their partial outputs (R, N, H), their log-sum-exps (R, N))."""
@@ -230,6 +259,10 @@ class _Step:
                 return rows, *self._rows_over_slots(rows, slots, mask_RL)
             case Padded(rows_B, slots_BL, mask_BL):
                 return rows_B, *self._padded(rows_B, slots_BL, mask_BL)
+            case Kept(rows_B, update, mask_BL):
+                assert self.tails is not None
+                kept = self.tails.take(self.keys_XKH, self.values_XKH, update)
+                return rows_B, *self._over_padded(rows_B, *kept, mask_BL)
             case Causal(rows):
                 return rows, *self._causal(problem)
 
@@ -256,12 +289,17 @@ class _Step:
         return out_RNH, lse_RN
 
     def _padded(self, rows_B: Rows, slots_BL: torch.Tensor, mask_BL: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        s = self.shape
-        q_BKGH = self.q_TNH[rows_B].unflatten(1, (s.num_kv_heads, s.group_size))
         keys, values = (
             pool.index_select(0, slots_BL.flatten()).unflatten(0, slots_BL.shape).transpose(1, 2)
             for pool in (self.keys_XKH, self.values_XKH)
         )
+        return self._over_padded(rows_B, keys, values, mask_BL)
+
+    def _over_padded(
+        self, rows_B: Rows, keys: torch.Tensor, values: torch.Tensor, mask_BL: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        s = self.shape
+        q_BKGH = self.q_TNH[rows_B].unflatten(1, (s.num_kv_heads, s.group_size))
         mask = mask_BL[:, None, None].to(q_BKGH.dtype)
         out, lse = attend_with_lse(q_BKGH, keys, values, scale=s.scale, softcap=s.softcap, mask=mask)
         return out.flatten(1, 2), lse.flatten(1, 2)

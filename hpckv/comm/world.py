@@ -139,7 +139,7 @@ class World:
         code = error.exit_code if isinstance(error, HpckvError) else 70
         self.lifeline.report(error)
         sys.stderr.flush()
-        if self.members and self.members[0].pid != os.getpid():
+        if self.everyone.rank:
             self.lifeline.wait_for_root(LEAVE_S)
         if self._mpi is not None:
             with suppress(Exception):
@@ -169,7 +169,7 @@ def enter(
     try:
         _expect(config, group.size)
         if group.size == 1:
-            return World.single()
+            return replace(World.single(), _mpi=mpi)
         members = _exchange_members(group, log_of(group.rank))
         check_nodes(members, os.environ)
     except ConfigError:  # on every rank
@@ -216,7 +216,6 @@ def _enter_torch(launch: Launch, config: ParallelConfig, rendezvous: Path | None
     from hpckv.comm.torch_group import TorchGroup, distributed
 
     dist = distributed()
-
     timeout = datetime.timedelta(seconds=config.start_deadline_s)
     if launch.kind == "torchrun":
         host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
@@ -245,14 +244,12 @@ def _store_by_file(launch: Launch, folder: Path | None, timeout: datetime.timede
     if launch.rank == 0:
         host = own_address(is_one_node=os.environ.get("SLURM_STEP_NUM_NODES", "1") == "1")
         store = dist.TCPStore(host, 0, launch.size, is_master=True, timeout=timeout, wait_for_workers=False)
-        temporary = path.with_name(f"{path.name}.{os.getpid()}")
-        temporary.write_text(f"{host} {store.port} {os.urandom(8).hex()}\n")
-        temporary.rename(path)
+        path.write_text(f"{host} {store.port} .\n")
         return store
     deadline = time.monotonic() + _FIND_S
     while True:
         with suppress(OSError, ValueError):
-            host, port, _ = path.read_text().split()
+            host, port, _ = path.read_text().split()  # without the dot it is not all there yet
             return dist.TCPStore(host, int(port), launch.size, is_master=False, timeout=timeout)
         if time.monotonic() > deadline:
             raise RankLostError(f"rank 0 has not said where it is in {_FIND_S:g} s ({path})")

@@ -23,6 +23,7 @@ from hpckv.engine.runner import Runner
 from hpckv.engine.sampler import Sampled
 from hpckv.engine.scheduler import Scheduler, StepPlan
 from hpckv.engine.sizing import PagePlan
+from hpckv.engine.step import StepTimes
 from hpckv.errors import CapabilityError, CapacityError, ConfigError
 from hpckv.kvcache import CacheConfig, CacheManager
 from hpckv.kvcache.load_policy import LoadPolicy
@@ -33,19 +34,10 @@ from hpckv.store.audit import Auditor
 
 Prompt = str | Sequence[int] | Sequence[dict[str, Any]]
 
+_READ_AHEAD_BYTES = 512 * 1024**2
+"""Of stored blocks, on their way to sequences whose turn has not come."""
 _NO_STORE_KEY = bytes(32)
 """Key epoch of a process without a store: its block keys are seen by nobody else."""
-
-
-@dataclass
-class StepTimes:
-    """Seconds spent in each part of the steps so far."""
-
-    schedule_s: float = 0.0
-    forward_s: float = 0.0
-    sample_s: float = 0.0
-    load_s: float = 0.0
-    """Waiting for stored blocks with nothing to compute meanwhile."""
 
 
 @dataclass(frozen=True)
@@ -123,7 +115,13 @@ class Engine:
             writes=self._writes,
             reuse=self.cache_config.reuse,
         )
-        scheduler = Scheduler(self.config, cache, num_micro_batches=executor.num_in_flight)
+        geometry = self.pages.geometry
+        scheduler = Scheduler(
+            self.config,
+            cache,
+            num_micro_batches=executor.num_in_flight,
+            read_ahead_tokens=_READ_AHEAD_BYTES * geometry.block_tokens // geometry.block_bytes,
+        )
         auditor, pool = self._auditor, self.rank.pool
         audit = StepAudit(auditor, self.store, pool, scheduler) if self.store and auditor and pool else None
         self._loaded = _Loaded(executor, cache, scheduler, audit)

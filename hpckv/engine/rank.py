@@ -32,6 +32,8 @@ from hpckv.store import StoreConfig, TieredStore, open_store
 
 _DIGEST_BYTES = 64
 _BALANCE_ROWS = 64
+_KEPT_TAIL_BYTES = 1024**3
+"""Of decoding sequences' keys and values, beside those in the pages."""
 
 
 class Rank:
@@ -90,6 +92,7 @@ class Rank:
             block_tokens=self.cache_config.block_tokens,
             device=self.device,
             shares_prefixes=self.config.share_prefix_attention,
+            kept_tail_tokens=self._kept_tail_tokens,
         )
         buffers = self.store.buffers if self.store else None
         self.pool = KVPool(
@@ -109,6 +112,14 @@ class Rank:
         self._runner = Runner(decoder, self.pool, numerics=self.config.numerics)
         self._least(0, "the other ranks to read their weights")
         self.world.watch.deadline_s = self.parallel.deadline_s
+
+    @property
+    def _kept_tail_tokens(self) -> int:
+        """On GPUs gathering is cheap and memory dear; with micro-batches other sequences decode in every step."""
+        if self.device.type != "cpu" or self.parallel.num_micro_batches > 1:
+            return 0
+        geometry = self.pages.geometry
+        return _KEPT_TAIL_BYTES * geometry.block_tokens // geometry.block_bytes
 
     @property
     def runner(self) -> Runner:

@@ -108,7 +108,7 @@ class Runner:
                 (TRASH_PAGE if p < shared_end else pages[p // size]) * size + p % size
                 for p in range(chunk.start, chunk.end)
             ]
-        sequences = [SequenceChunk(c.start, c.num_tokens, c.pages) for c in chunks]
+        sequences = [SequenceChunk(c.start, c.num_tokens, c.pages, c.owner) for c in chunks]
         num_rows = len(ids)
         padding = STRICT_ROWS - num_rows if self.is_strict else 0
         if padding:  # rows of a made-up sequence in the trash page

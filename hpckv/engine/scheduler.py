@@ -21,10 +21,8 @@ from hpckv.engine.request import RunningSequence
 from hpckv.kvcache import CacheManager
 from hpckv.kvcache.cache_manager import Admission
 
-_READ_AHEAD = 8
-"""Sequences whose stored blocks are fetched at once, ahead of their turn,"""
-_READ_AHEAD_TOKENS = 4096
-"""as long as they have no more tokens than this: it bounds the memory they take."""
+_READ_AHEAD = 32
+"""Sequences whose stored blocks are fetched at once, ahead of their turn."""
 
 
 class ScheduledChunk(NamedTuple):
@@ -82,8 +80,19 @@ class Scheduler:
     Several plans may be computed at once, over disjoint sequences: what `next_step` chose is in flight until `complete`.
     """
 
-    def __init__(self, config: EngineConfig, cache: CacheManager, *, num_micro_batches: int = 1) -> None:
-        """Each plan takes about one `num_micro_batches`-th of the running sequences."""
+    def __init__(
+        self,
+        config: EngineConfig,
+        cache: CacheManager,
+        *,
+        num_micro_batches: int = 1,
+        read_ahead_tokens: int = 4096,
+    ) -> None:
+        """Each plan takes about one `num_micro_batches`-th of the running sequences.
+
+        Stored blocks are fetched ahead for no more sequences than have `read_ahead_tokens` together, and always for one: that
+        bounds the memory they take.
+        """
         self.config = config
         self.cache = cache
         self.stats = SchedulerStats()
@@ -94,7 +103,7 @@ class Scheduler:
         self._held: dict[bytes, list[RunningSequence]] = defaultdict(list)
         self._loading: list[RunningSequence] = []
         self._chunk = config.chunk_tokens or config.max_batch_tokens
-        self._num_micro_batches = num_micro_batches
+        self._num_micro_batches, self._read_ahead_tokens = num_micro_batches, read_ahead_tokens
         self._in_flight: set[RunningSequence] = set()
         self._left: list[RunningSequence] = []
 
@@ -234,7 +243,7 @@ class Scheduler:
     @property
     def _may_fetch(self) -> bool:
         ahead = sum(len(seq.tokens) for seq in self._loading)
-        return len(self._loading) < _READ_AHEAD and ahead < _READ_AHEAD_TOKENS
+        return len(self._loading) < _READ_AHEAD and ahead < self._read_ahead_tokens
 
     def _collect_loaded(self) -> None:
         """Sequences whose blocks came (or will not) may ask for admission again."""

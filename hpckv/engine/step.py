@@ -1,8 +1,9 @@
-"""One chunk of a step as any rank sees it: what to compute and where its keys and values are, without the request. No torch."""
+"""A step: its chunks as any rank sees them, without the requests they are of, and where its time goes. No torch."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
 from hpckv.engine.scheduler import StepPlan
@@ -12,7 +13,7 @@ if TYPE_CHECKING:
 
 
 class RankChunk(NamedTuple):
-    """Consecutive tokens of one sequence."""
+    """Consecutive tokens of one sequence: what to compute, and where its keys and values are."""
 
     tokens: Sequence[int]
     start: int
@@ -20,6 +21,8 @@ class RankChunk(NamedTuple):
     """Of everything up to the chunk's end, perhaps more."""
     num_registered: int
     """Leading pages that are shared and never written again."""
+    owner: int
+    """Names the sequence's admission, as `SequenceChunk.owner`."""
     draw: Draw | None
     """How the next token is sampled, if it follows from this chunk."""
 
@@ -34,7 +37,12 @@ class RankChunk(NamedTuple):
     def part(self, first: int, count: int) -> RankChunk:
         """Tokens [first, first + count) of it."""
         return RankChunk(
-            self.tokens[first : first + count], self.start + first, self.pages, self.num_registered, self.draw
+            self.tokens[first : first + count],
+            self.start + first,
+            self.pages,
+            self.num_registered,
+            self.owner,
+            self.draw,
         )
 
 
@@ -48,7 +56,19 @@ def rank_chunks(plan: StepPlan) -> list[RankChunk]:
             c.start,
             c.seq.pages,
             c.seq.num_registered,
+            c.seq.admission,
             Draw(c.seq.params, c.seq.seed, len(c.seq.tokens)) if c.samples else None,
         )
         for c in plan.chunks
     ]
+
+
+@dataclass
+class StepTimes:
+    """Seconds spent in each part of the steps so far."""
+
+    schedule_s: float = 0.0
+    forward_s: float = 0.0
+    sample_s: float = 0.0
+    load_s: float = 0.0
+    """Waiting for stored blocks with nothing to compute meanwhile."""

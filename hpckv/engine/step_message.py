@@ -5,8 +5,8 @@
     2  length in int32             6  operations on the store
     3  sequences that left         7  0
 
-A chunk is (slot, start, tokens, registered pages, whether it samples, new pages). The new pages of all chunks follow, then all
-tokens.
+A new sequence is (slot, owner) and its sampling. A chunk is (slot, start, tokens, registered pages, whether it samples, new pages).
+The new pages of all chunks follow, then all tokens.
 
 Ranks remember what they were told: a running sequence has a small number (its slot), under which every rank keeps its pages and
 how it is sampled. A decode step therefore costs eight numbers a sequence, whatever its length.
@@ -113,7 +113,7 @@ class MessageWriter:
         for seq in fresh:
             slot = self._free.pop() if self._free else len(self._told)
             self._told[seq] = _Told(slot)
-            out += [slot, *_sampling_ints(seq)]
+            out += [slot, seq.admission, *_sampling_ints(seq)]
         pages: list[int] = []
         tokens: list[int] = []
         for chunk in plan.chunks:
@@ -133,6 +133,7 @@ class MessageWriter:
 
 @dataclass
 class _Known:
+    owner: int
     params: SamplingParams
     seed: int
     pages: list[int] = field(default_factory=list)
@@ -151,8 +152,8 @@ class MessageReader:
         for slot in _take(values, num_left):
             del self._known[slot]
         for _ in range(num_new):
-            slot = next(values)
-            self._known[slot] = _read_sampling(_take(values, _SAMPLING_INTS))
+            slot, owner = _take(values, 2)
+            self._known[slot] = _Known(owner, *_read_sampling(_take(values, _SAMPLING_INTS)))
         chunks = self._chunks(values, num_chunks)
         operations = [_read_operation(values) for _ in range(num_operations)]
         return StepMessage(number, chunks, operations, is_last=bool(is_last))
@@ -168,7 +169,9 @@ class MessageReader:
         for slot, start, num_tokens, num_registered, samples, _ in rows:
             known = self._known[slot]
             draw = Draw(known.params, known.seed, start + num_tokens) if samples else None
-            chunks.append(RankChunk(tokens[at : at + num_tokens], start, known.pages, num_registered, draw))
+            chunks.append(
+                RankChunk(tokens[at : at + num_tokens], start, known.pages, num_registered, known.owner, draw)
+            )
             at += num_tokens
         return chunks
 
@@ -185,12 +188,12 @@ def _sampling_ints(seq: RunningSequence) -> list[int]:
     return _ints_of(packed)
 
 
-def _read_sampling(ints: Sequence[int]) -> _Known:
+def _read_sampling(ints: Sequence[int]) -> tuple[SamplingParams, int]:
     temperature, top_p, seed, top_k, logprobs = _SAMPLING.unpack(_bytes_of(ints))
     params = SamplingParams(
         temperature=temperature, top_p=top_p, top_k=top_k, logprobs=None if logprobs < 0 else logprobs
     )
-    return _Known(params, seed)
+    return params, seed
 
 
 def _operation_ints(operation: Operation) -> list[int]:

@@ -98,6 +98,7 @@ class CacheManager:
         self._computing: dict[bytes, CachedSequence] = {}
         self._fetching: dict[bytes, CachedSequence] = {}
         self._arrived: list[bytes] = []
+        self._num_admissions = 0
 
     def expect(self, keys: Sequence[bytes]) -> None:
         """A sequence that has not started will use these blocks; they are kept for it where possible."""
@@ -143,6 +144,8 @@ class CacheManager:
         if needed + reserve > (self.pool.num_available if may_evict_wanted else self.pool.num_unwanted):
             self._release(found)
             return Admission.NO_PAGES
+        self._num_admissions += 1
+        seq.admission = self._num_admissions
         seq.pages = found + self._allocate(needed)
         seq.num_registered = matched
         tiers = ["device"] * matched + self._onboard(seq, stored)

@@ -21,6 +21,8 @@ class CachedSequence:
         self.tokens = tokens
         self.keys = keys
         self.pages: list[int] = []
+        self.admission = 0
+        """Which of all admissions so far gave it its pages; 0 before the first."""
         self.num_computed = 0
         self.num_registered = 0
         """Leading blocks that are known to the pool under their key."""

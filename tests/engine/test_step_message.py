@@ -47,7 +47,7 @@ def told(chunk: RankChunk) -> RankChunk:
     own = chunk.draw.params
     params = SamplingParams(temperature=own.temperature, top_p=own.top_p, top_k=own.top_k, logprobs=own.logprobs)
     draw = Draw(params, chunk.draw.seed, chunk.draw.position)
-    return RankChunk(chunk.tokens, chunk.start, chunk.pages, chunk.num_registered, draw)
+    return RankChunk(chunk.tokens, chunk.start, chunk.pages, chunk.num_registered, chunk.owner, draw)
 
 
 def add_chunk(plan: StepPlan, seq: RunningSequence, limit: int, spare: int, pages) -> None:
@@ -160,9 +160,9 @@ def test_the_bytes_of_a_message_are_these():
     ]
     assert writer.encode(1, plan, operations).tobytes().hex(" ", 4) == " ".join(
         [
-            "01000000 00000000 50000000 01000000 01000000 02000000 04000000 00000000",
+            "01000000 00000000 51000000 01000000 01000000 02000000 04000000 00000000",
             "00000000",  # left: one that had number 0, which is given to the new one
-            "00000000 00000000 0000e03f 00000000 0000f03f 00000000 00000080 00000000 ffffffff",
+            "00000000 00000000 00000000 0000e03f 00000000 0000f03f 00000000 00000080 00000000 ffffffff",
             "01000000 03000000 01000000 00000000 01000000 00000000",  # a chunk without a new page
             "00000000 00000000 01000000 00000000 01000000 02000000",  # and one with two
             "05000000 06000000",  # the pages
