@@ -83,6 +83,9 @@ class Clock:
     def perf_counter(self) -> float:
         return next(self.times)
 
+    def monotonic(self) -> float:
+        return 0.0
+
     def sleep(self, seconds: float) -> None:
         pass
 
