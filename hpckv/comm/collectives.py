@@ -59,11 +59,7 @@ class GroupCollectives(Collectives):
         import torch
 
         if self._has_fixed_order or self._group.size == 2 or x.numel() * 4 <= _GATHER_BYTES:
-            parts = self._gather(x)
-            total = parts[0].float()
-            for part in parts[1:]:
-                total = total + part
-            return total.to(x.device, x.dtype)
+            return add_in_order(self._gather(x)).to(x.device)
         total = x.detach().to("cpu", torch.float32, copy=True).contiguous()
         self._watch.wait(self._group.reduce_sum(total.numpy().reshape(-1)), "the other tensor ranks")
         return total.to(x.device, x.dtype)
@@ -81,6 +77,14 @@ class GroupCollectives(Collectives):
         whole = torch.empty((self._group.size, *own.shape), dtype=own.dtype)
         self._watch.wait(self._group.all_gather(as_bytes(own), as_bytes(whole)), "the other tensor ranks")
         return whole
+
+
+def add_in_order(parts: torch.Tensor) -> torch.Tensor:
+    """The sum over the first axis, one part after another in float32, rounded once to the parts' dtype."""
+    total = parts[0].float()
+    for part in parts[1:]:
+        total = total + part
+    return total.to(parts.dtype)
 
 
 def as_bytes(x: torch.Tensor) -> Array:

@@ -8,10 +8,11 @@ buffers must not be touched before it is done.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -127,8 +128,19 @@ class Watch:
 
     def wait(self, pending: Pending, what: str) -> None:
         """Until it is done; raises `RankLostError` after the deadline, naming `what` was waited for."""
-        try:
+        with self._naming():
             self._wait(pending, what)
+
+    def is_done(self, pending: Pending) -> bool:
+        """Whether it is, without waiting; raises as `wait` does."""
+        with self._naming():
+            self.check()
+            return pending.is_done()
+
+    @contextlib.contextmanager
+    def _naming(self) -> Iterator[None]:
+        try:
+            yield
         except RankLostError as error:
             self.is_broken = True
             self._name(error)
@@ -136,6 +148,15 @@ class Watch:
         except BaseException:
             self.is_broken = True
             raise
+
+    def named(self, error: BaseException) -> BaseException:
+        """What rank was lost, if that is what `error` comes from and it can be found out."""
+        if isinstance(error, RankLostError):
+            try:
+                self._name(error)
+            except RankLostError as named:
+                return named
+        return error
 
     def _name(self, error: RankLostError) -> None:
         """A transport knows only that a connection broke: who it was is known soon, and raised instead."""

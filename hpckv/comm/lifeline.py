@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from hpckv.comm.group import RankLostError
+from hpckv.comm.outcome import note_exit_code
 from hpckv.errors import EXIT_DRAINED, HpckvError
 
 _log = logging.getLogger(__name__)
@@ -184,6 +185,7 @@ class Lifeline:
     def _spread(self, trouble: Trouble, lost: int) -> None:
         if self._trouble:
             return
+        note_exit_code(trouble.exit_code)
         frame = {"error": trouble.text, "exit_code": trouble.exit_code, "rank": lost, "is_known": True}
         for line in self._lines:
             if line.member.rank != lost:

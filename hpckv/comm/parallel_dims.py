@@ -10,6 +10,21 @@ from hpckv.errors import ConfigError
 from hpckv.schema import Config
 
 
+class RoutingConfig(Config, frozen=True):
+    """Which replica of a run computes what (`parallel.routing:`): weights of a score in prompt tokens."""
+
+    device: float = 1.0
+    """A token of the prefix that the replica holds in pages."""
+    host: float = 0.9
+    """One in its memory tier; most of computing it is saved."""
+    local: float = 0.7
+    """One on its node's SSD."""
+    session: float = 0.2
+    """A token of a conversation (`prompt_cache_key`) of which the replica was given a part before."""
+    load: float = 1.0
+    """Taken off: a token that is queued there and not yet computed."""
+
+
 class ParallelConfig(Config, frozen=True):
     """How one model is spread over ranks (`parallel:`)."""
 
@@ -18,12 +33,20 @@ class ParallelConfig(Config, frozen=True):
     pp: int = 1
     """Pipeline stages: contiguous groups of layers."""
     replicas: int = 1
-    """Independent engines of tp x pp ranks, each with its own share of the run. More than one is not in this version and is
-    refused."""
+    """Independent engines of tp x pp ranks. A run is cut into whole subtrees of its prefix tree, which go where their prefix is."""
+    routing: RoutingConfig = RoutingConfig()
     micro_batches: int = 0
     """Disjoint groups of sequences that are in the pipeline at once; 0 is twice the number of stages."""
     coordinator: Literal["auto", "mpi", "slurm", "torchrun", "single"] = "auto"
     """How ranks find each other; `auto` takes the first of MPI, Slurm's variables, torchrun's that is there."""
+    transport: Literal["auto", "host", "device"] = "auto"
+    """What carries tensors between ranks: `device` is NCCL between GPUs (gloo between CPUs), `host` goes through host memory and
+    MPI; `auto` is `device` where every rank has a GPU of its own."""
+    reduce: Literal["float32", "compute"] = "float32"
+    """In what NCCL adds tensor ranks' sums: float32 rounds once, `compute` is the model's dtype and half the bytes. Through host
+    memory, and in strict numerics, it is always float32."""
+    allow_idle_nodes: bool = False
+    """Run although no rank is on some node of the job; it is paid for."""
     silence_s: float = 10.0
     """A rank whose heartbeat is not heard for so long counts as lost: it hangs, or its node is gone."""
     deadline_s: float = 120.0

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import itertools
 import threading
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 
 from hpckv.comm.group import Array, Group, Pending, RankLostError
+
+_A_YEAR = datetime.timedelta(days=365)
 
 
 class _TorchPending(Pending):
@@ -30,11 +34,11 @@ class _TorchPending(Pending):
         return True
 
 
-class _MessagePending(Pending):
+class MessagePending(Pending):
     """gloo says that a message has passed only to who waits for it (`is_completed` stays false), so a thread does."""
 
-    def __init__(self, work: Any, buffer: Array) -> None:
-        self._work, self._buffer = work, buffer
+    def __init__(self, work: Any, *kept: Any) -> None:
+        self._work, self._kept = work, kept
         self._error: RuntimeError | None = None
         self._thread = threading.Thread(target=self._wait, name="hpckv-gloo", daemon=True)
         self._thread.start()
@@ -48,7 +52,7 @@ class _MessagePending(Pending):
 
     def _wait(self) -> None:
         try:
-            self._work.wait()
+            self._work.wait(_A_YEAR)  # who waits has a `Watch`, and a mailbox may be empty for long
         except RuntimeError as error:
             self._error = error
 
@@ -65,30 +69,36 @@ class TorchGroup(Group):
         self._gloo = dist.ProcessGroupGloo(store, rank, size, timeout)
 
     def broadcast(self, buffer: Array) -> Pending:
-        return _TorchPending(self._gloo.broadcast(_bytes(buffer), 0), buffer)
+        with _connected():
+            return _TorchPending(self._gloo.broadcast(_bytes(buffer), 0), buffer)
 
     def reduce_min(self, values: Array) -> Pending:
         import torch
 
         assert values.dtype == np.int32
-        return _TorchPending(self._gloo.allreduce(torch.from_numpy(values), distributed().ReduceOp.MIN), values)
+        with _connected():
+            return _TorchPending(self._gloo.allreduce(torch.from_numpy(values), distributed().ReduceOp.MIN), values)
 
     def reduce_sum(self, values: Array) -> Pending:
         import torch
 
         assert values.dtype == np.float32
-        return _TorchPending(self._gloo.allreduce(torch.from_numpy(values), distributed().ReduceOp.SUM), values)
+        with _connected():
+            return _TorchPending(self._gloo.allreduce(torch.from_numpy(values), distributed().ReduceOp.SUM), values)
 
     def all_gather(self, part: Array, whole: Array) -> Pending:
         assert whole.nbytes == self.size * part.nbytes
         pieces = list(_bytes(whole).chunk(self.size))
-        return _TorchPending(self._gloo.allgather(pieces, _bytes(part)), part, whole, pieces)
+        with _connected():
+            return _TorchPending(self._gloo.allgather(pieces, _bytes(part)), part, whole, pieces)
 
     def send(self, buffer: Array, to: int, tag: int) -> Pending:
-        return _MessagePending(self._gloo.send([_bytes(buffer)], to, tag), buffer)
+        with _connected():
+            return MessagePending(self._gloo.send([_bytes(buffer)], to, tag), buffer)
 
     def receive(self, buffer: Array, source: int, tag: int) -> Pending:
-        return _MessagePending(self._gloo.recv([_bytes(buffer)], source, tag), buffer)
+        with _connected():
+            return MessagePending(self._gloo.recv([_bytes(buffer)], source, tag), buffer)
 
     def split(self, color: int) -> Group:
         colors = np.zeros(self.size, np.int32)
@@ -105,6 +115,15 @@ def distributed() -> Any:
     import torch.distributed
 
     return torch.distributed
+
+
+@contextlib.contextmanager
+def _connected() -> Iterator[None]:
+    """An operation on a connection that is known to be broken fails when it is started."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise _broken(error) from None
 
 
 def _broken(error: RuntimeError) -> RankLostError:

@@ -5,25 +5,26 @@
 
 from __future__ import annotations
 
-import datetime
 import logging
 import os
 import socket
 import sys
 import threading
 import time
-from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 
-from hpckv.comm.group import Group, RankLostError, Single, Watch
+from hpckv.comm.group import Group, Single, Watch
+from hpckv.comm.launch import Launch, check_nodes
 from hpckv.comm.lifeline import BEAT_S, SECRET_BYTES, Lifeline, Listener, Member, connect
+from hpckv.comm.outcome import note_exit_code
 from hpckv.comm.parallel_dims import ParallelConfig, ParallelDims
+from hpckv.comm.rendezvous import FIND_S, meet_by_torch, own_address
 from hpckv.errors import ConfigError, HpckvError
 from hpckv.log import warn_once
 
@@ -32,46 +33,9 @@ _log = logging.getLogger(__name__)
 _HOST_BYTES, _LOG_BYTES = 64, 192
 _MEMBER = np.dtype([("pid", "<i8"), ("host", f"S{_HOST_BYTES}"), ("log", f"S{_LOG_BYTES}")])
 _ADDRESS = np.dtype([("host", "S64"), ("port", "<u4"), ("secret", "u1", (SECRET_BYTES,))])
-_FIND_S = 60.0
 LEAVE_S = 15.0
-
-
-@dataclass(frozen=True)
-class Launch:
-    """What the launcher's environment says of this process."""
-
-    kind: str
-    """`mpi`, `slurm`, `torchrun` or `single`."""
-    rank: int = 0
-    size: int = 1
-    local_rank: int | None = None
-
-    @classmethod
-    def read(cls, environ: Mapping[str, str], kind: str = "auto") -> Launch:
-        """The first of the ladder that is there, or the one asked for; raises `ConfigError` if that is not."""
-
-        def number(name: str, default: int = 0) -> int:
-            return int(environ.get(name, "") or default)
-
-        local = environ.get("SLURM_LOCALID")
-        found = {
-            "mpi": any(name in environ for name in ("PMI_RANK", "PMI_FD", "PMIX_RANK", "OMPI_COMM_WORLD_RANK")),
-            # SLURM_STEP_ID: set by srun, not in the batch script itself.
-            "slurm": "SLURM_STEP_ID" in environ and "SLURM_PROCID" in environ,
-            "torchrun": "MASTER_ADDR" in environ and "RANK" in environ,
-            "single": True,
-        }
-        if kind == "auto":
-            kind = next(name for name, is_there in found.items() if is_there)
-        elif not found[kind]:
-            hints = {"mpi": "mpiexec, or srun --mpi=pmi2", "slurm": "srun", "torchrun": "torchrun"}
-            raise ConfigError(f"parallel.coordinator: {kind}: this process was not started by {hints[kind]}")
-        if kind == "slurm" or (kind == "mpi" and found["slurm"]):
-            size = number("SLURM_STEP_NUM_TASKS", number("SLURM_NTASKS", 1))
-            return cls(kind, number("SLURM_PROCID"), size, int(local) if local else None)
-        if kind == "torchrun":
-            return cls(kind, number("RANK"), number("WORLD_SIZE", 1), number("LOCAL_RANK"))
-        return cls(kind)
+_LAST_WORDS_S = 0.3
+"""mpiexec ends all at once on an abort and drops what was said just before it."""
 
 
 @dataclass(frozen=True)
@@ -93,6 +57,8 @@ class World:
     kind: str = "single"
     everyone: Group = field(default_factory=Single)
     """All ranks of the run."""
+    roots: Group = field(default_factory=Single)
+    """Those that schedule a replica, in the replicas' order; on other ranks of no use."""
     _mpi: Any = None
 
     @classmethod
@@ -105,8 +71,22 @@ class World:
         return self.group.rank == 0
 
     @property
+    def is_router(self) -> bool:
+        """Whether this rank reads the input, gives replicas their work and writes the answers."""
+        return self.everyone.rank == 0
+
+    @property
     def is_single(self) -> bool:
+        """Whether this rank has the whole model."""
         return self.group.size == 1
+
+    @property
+    def is_one_node(self) -> bool:
+        return len({member.host for member in self.members}) <= 1
+
+    @property
+    def num_replicas(self) -> int:
+        return self.everyone.size // self.group.size
 
     def rank_of(self, pp_rank: int, tp_rank: int) -> int:
         """A rank's number in `group`."""
@@ -118,14 +98,15 @@ class World:
         if self.everyone.size == 1:
             return self
         replica = self.everyone.split(dims.replica)
-        return replace(self, dims=dims, group=replica, tensor=replica.split(dims.pp_rank))
+        roots = self.everyone.split(min(replica.rank, 1))
+        return replace(self, dims=dims, group=replica, tensor=replica.split(dims.pp_rank), roots=roots)
 
     def with_stages(self, ends: tuple[int, ...]) -> World:
         """The same, the layers cut differently."""
         return replace(self, dims=replace(self.dims, stage_ends=ends))
 
-    def leave(self, exit_code: int = 0) -> None:
-        """The run is over on this rank; what follows must be quick, for its launcher ends the process after `LEAVE_S`."""
+    def leave(self, exit_code: int) -> None:
+        """The run is over on this rank, which ends with `exit_code` also if MPI does not let it go within `LEAVE_S`."""
         self.lifeline.close()
         if self._mpi is not None:
             late = threading.Timer(LEAVE_S, os._exit, [exit_code])  # a rank that never comes would hold up the others
@@ -134,15 +115,17 @@ class World:
             self._mpi.Finalize()
             late.cancel()
 
-    def give_up(self, error: BaseException) -> None:
+    def give_up(self, error: BaseException) -> NoReturn:
         """End all ranks because this one cannot go on: the error has been said, and nothing is left to save."""
         code = error.exit_code if isinstance(error, HpckvError) else 70
         self.lifeline.report(error)
+        note_exit_code(code)
         sys.stderr.flush()
         if self.everyone.rank:
             self.lifeline.wait_for_root(LEAVE_S)
         if self._mpi is not None:
-            with suppress(Exception):
+            time.sleep(_LAST_WORDS_S)
+            with suppress(Exception):  # the process ends in any case
                 self._mpi.COMM_WORLD.Abort(code)
         os._exit(code)
 
@@ -158,6 +141,7 @@ def enter(
     launch = Launch.read(os.environ, config.coordinator)
     if launch.kind == "single":
         _expect(config, 1)
+        check_nodes([socket.gethostname()], os.environ, may_be_idle=config.allow_idle_nodes)
         return World.single()
     mpi = None
     if launch.kind == "mpi":
@@ -165,13 +149,13 @@ def enter(
         if mpi is None:  # the launcher's PMI is another one than this MPI's
             launch = replace(launch, kind="slurm")
     if launch.kind != "mpi":
-        group = _enter_torch(launch, config, rendezvous)
+        group = meet_by_torch(launch, config, rendezvous)
     try:
         _expect(config, group.size)
-        if group.size == 1:
+        if group.size == 1:  # a step of its own: others of the job may use the other nodes
             return replace(World.single(), _mpi=mpi)
         members = _exchange_members(group, log_of(group.rank))
-        check_nodes(members, os.environ)
+        check_nodes([member.host for member in members], os.environ, may_be_idle=config.allow_idle_nodes)
     except ConfigError:  # on every rank
         if mpi is not None:
             mpi.Finalize()  # mpiexec kills the others if one ends without
@@ -211,67 +195,6 @@ def _enter_mpi(launch: Launch, asked: str) -> tuple[Group, Any]:
     return group, mpi
 
 
-def _enter_torch(launch: Launch, config: ParallelConfig, rendezvous: Path | None) -> Group:
-    """A gloo group; its store is rank 0's, on a port the kernel chose, or torchrun's."""
-    from hpckv.comm.torch_group import TorchGroup, distributed
-
-    dist = distributed()
-    timeout = datetime.timedelta(seconds=config.start_deadline_s)
-    if launch.kind == "torchrun":
-        host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-        # torchrun's own agent holds the store where it says so, else rank 0 does.
-        is_master = launch.rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
-        store = dist.TCPStore(host, port, launch.size, is_master, timeout)
-        store = dist.PrefixStore("hpckv", store)
-    else:
-        store = _store_by_file(launch, rendezvous, timeout)
-    return TorchGroup(store, launch.rank, launch.size, config.start_deadline_s)
-
-
-def _store_by_file(launch: Launch, folder: Path | None, timeout: datetime.timedelta) -> Any:
-    """Rank 0 writes its address into a file that is named for this start of this job step."""
-    from hpckv.comm.torch_group import distributed
-
-    dist = distributed()
-    if launch.size == 1:
-        return dist.HashStore()
-    if folder is None:
-        raise ConfigError(
-            "parallel.coordinator: ranks without MPI need a run directory (--output) that all of them see"
-        )
-    names = ("SLURM_JOB_ID", "SLURM_STEP_ID", "SLURM_RESTART_COUNT")
-    path = folder / f".ranks-{'-'.join(os.environ.get(name, '0') for name in names)}"
-    if launch.rank == 0:
-        host = own_address(is_one_node=os.environ.get("SLURM_STEP_NUM_NODES", "1") == "1")
-        store = dist.TCPStore(host, 0, launch.size, is_master=True, timeout=timeout, wait_for_workers=False)
-        path.write_text(f"{host} {store.port} .\n")
-        return store
-    deadline = time.monotonic() + _FIND_S
-    while True:
-        with suppress(OSError, ValueError):
-            host, port, _ = path.read_text().split()  # without the dot it is not all there yet
-            return dist.TCPStore(host, int(port), launch.size, is_master=False, timeout=timeout)
-        if time.monotonic() > deadline:
-            raise RankLostError(f"rank 0 has not said where it is in {_FIND_S:g} s ({path})")
-        time.sleep(0.2)
-
-
-def own_address(*, is_one_node: bool) -> str:
-    """Where this node's other ranks, or other nodes', reach this process, or `HPCKV_HOST`; raises `ConfigError` if nowhere."""
-    if given := os.environ.get("HPCKV_HOST"):
-        return given
-    if is_one_node:
-        return "127.0.0.1"
-    with suppress(OSError):
-        address = socket.gethostbyname(socket.gethostname())
-        if not address.startswith("127."):
-            return address
-    with suppress(OSError), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        probe.connect(("192.0.2.1", 9))  # sends nothing: the kernel says which of its addresses it would use
-        return str(probe.getsockname()[0])
-    raise ConfigError(f"{socket.gethostname()} has no address that other nodes reach; give one with HPCKV_HOST")
-
-
 def _join(config: ParallelConfig, group: Group, mpi: Any, launch: Launch, members: tuple[Member, ...]) -> World:
     watch = Watch(config.start_deadline_s)
     num_hosts = len({member.host for member in members})
@@ -282,9 +205,21 @@ def _join(config: ParallelConfig, group: Group, mpi: Any, launch: Launch, member
     if launch.local_rank is not None and launch.local_rank != local_rank:
         warn_once(_log, f"rank {group.rank} is number {local_rank} of its node, the launcher says {launch.local_rank}")
     found = World(
-        ParallelDims(), group, Single(), watch, lifeline, members, local_rank, len(mates), launch.kind, group, mpi
+        ParallelDims(),
+        group,
+        Single(),
+        watch,
+        lifeline,
+        members=members,
+        local_rank=local_rank,
+        num_local=len(mates),
+        kind=launch.kind,
+        everyone=group,
+        _mpi=mpi,
     )
-    return found.shaped(config.tp, config.pp)
+    found = found.shaped(config.tp, config.pp)
+    warn_of_split_tensor_ranks(found.dims, members)
+    return found
 
 
 def _exchange_members(group: Group, log: str) -> tuple[Member, ...]:
@@ -292,20 +227,23 @@ def _exchange_members(group: Group, log: str) -> tuple[Member, ...]:
     own = np.zeros(1, _MEMBER)
     own["pid"], own["host"], own["log"] = os.getpid(), socket.gethostname().encode()[:_HOST_BYTES], log.encode()
     everybody = np.zeros(group.size, _MEMBER)
-    Watch(_FIND_S).wait(group.all_gather(own, everybody), "every rank to say where it is")
+    Watch(FIND_S).wait(group.all_gather(own, everybody), "every rank to say where it is")
     return tuple(
         Member(rank, bytes(row["host"]).decode(), int(row["pid"]), bytes(row["log"]).decode(errors="ignore"))
         for rank, row in enumerate(everybody)
     )
 
 
-def check_nodes(members: tuple[Member, ...], environ: Mapping[str, str]) -> None:
-    """Raise `ConfigError` if nodes are paid for on which no rank runs."""
-    paid = int(environ.get("SLURM_JOB_NUM_NODES") or environ.get("SLURM_NNODES") or 1)
-    used = Counter(member.host for member in members)
-    if len(used) < paid:
-        where = ", ".join(f"{count} on {host}" for host, count in used.items())
-        raise ConfigError(f"you pay for {paid} nodes and use {len(used)}: of {len(members)} ranks {where}")
+def warn_of_split_tensor_ranks(dims: ParallelDims, members: Sequence[Member]) -> None:
+    """Two sums a layer should not cross the network."""
+    first = dims.world_rank - dims.tp_rank
+    hosts = list(dict.fromkeys(member.host for member in members[first : first + dims.tp]))
+    if len(hosts) > 1 and dims.tp_rank == 0:
+        warn_once(
+            _log,
+            f"the {dims.tp} tensor ranks of a stage are on {len(hosts)} nodes ({', '.join(hosts)}): their sums, two a layer, cross "
+            "the network; start a multiple of tp ranks on each node (srun --ntasks-per-node) and use parallel.pp across nodes",
+        )
 
 
 def _connect_lifeline(
@@ -318,7 +256,7 @@ def _connect_lifeline(
         address["secret"] = np.frombuffer(listener.secret, np.uint8)
     watch.wait(group.broadcast(address), "rank 0's address")
     if listener:
-        return listener.accept(list(members), _FIND_S, silence_s)
+        return listener.accept(list(members), FIND_S, silence_s)
     row = address[0]
     where = (bytes(row["host"]).decode(), int(row["port"]))
-    return connect(group.rank, members[0], where, row["secret"].tobytes(), _FIND_S, silence_s)
+    return connect(group.rank, members[0], where, row["secret"].tobytes(), FIND_S, silence_s)

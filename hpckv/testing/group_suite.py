@@ -8,9 +8,12 @@ that does not conform never ends with 0.
 
 from __future__ import annotations
 
+import time
+
 import numpy as np
 
 from hpckv.comm.group import Group, Pending, RankLostError, Watch
+from hpckv.comm.mailbox import Mailbox
 
 _DEADLINE_S = 30.0
 _RECORD = np.dtype([("number", "<u4"), ("name", "S6"), ("pair", "<f4", (2,))])
@@ -26,6 +29,7 @@ def check_group(group: Group) -> None:
     _check_all_gather(group, watch)
     if group.size > 1:  # a group of one has nobody to send to
         _check_messages(group, watch)
+        _check_mailboxes(group, watch)
         _check_a_wait_in_vain(group, watch)
     _check_many_at_once(group, watch)
     _check_split(group, watch)
@@ -94,6 +98,27 @@ def _check_messages(group: Group, watch: Watch) -> None:
     assert [one.tolist() for one in ones] == [[before, n, -n, 2**40] for n in range(5)]
     assert (two == before).all()
     assert all(pending.is_done() for pending in [*sends, *receives])  # may be asked again
+
+
+def _check_mailboxes(group: Group, watch: Watch) -> None:
+    """Rank 0 and every other one: messages of any length in both directions at once, in order, until both have closed."""
+    peers = range(1, group.size) if group.rank == 0 else [0]
+    boxes = {peer: Mailbox(group, peer, watch) for peer in peers}
+    for peer, box in boxes.items():
+        for length in (0, 1, _BIG, 0, 7):
+            box.post(bytes([group.rank, peer]) * length)
+        box.close()
+    heard: dict[int, list[bytes]] = {peer: [] for peer in peers}
+    deadline = time.monotonic() + _DEADLINE_S
+    while not all(box.is_ended for box in boxes.values()):
+        assert time.monotonic() < deadline
+        for peer, box in boxes.items():
+            while (message := box.poll()) is not None:
+                heard[peer].append(message)
+    for peer, box in boxes.items():
+        assert heard[peer] == [bytes([peer, group.rank]) * length for length in (0, 1, _BIG, 0, 7)]
+        assert box.poll() is None
+        box.flush()
 
 
 def _check_a_wait_in_vain(group: Group, watch: Watch) -> None:

@@ -20,7 +20,7 @@ def main() -> None:
         said.write_text(f"{type(error).__name__}: {error}")
         sys.exit(error.exit_code)
     said.write_text(f"rank {world.group.rank} of {world.group.size} by {world.kind}, {len(world.members)} members")
-    world.leave()
+    world.leave(0)
 
 
 if __name__ == "__main__":

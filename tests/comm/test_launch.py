@@ -1,15 +1,23 @@
 """How a process learns that it is one of several, and what it refuses: missing launchers, idle nodes, wrong numbers."""
 
+import datetime
 import os
+import re
 import socket
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
-from hpckv.comm.group import Single
+from hpckv.comm import rendezvous
+from hpckv.comm.group import RankLostError, Single
+from hpckv.comm.launch import Launch, check_nodes, expand_nodelist
 from hpckv.comm.lifeline import Member
-from hpckv.comm.world import Launch, _exchange_members, check_nodes, own_address
+from hpckv.comm.parallel_dims import ParallelDims
+from hpckv.comm.rendezvous import own_address
+from hpckv.comm.torch_group import distributed
+from hpckv.comm.world import _exchange_members, warn_of_split_tensor_ranks
 from hpckv.errors import ConfigError
 from tests.parallel.ranks import MPIEXEC, TOP
 
@@ -63,18 +71,44 @@ def members(*hosts: str) -> tuple[Member, ...]:
     return tuple(Member(rank, host, 100 + rank) for rank, host in enumerate(hosts))
 
 
-def test_a_node_that_is_paid_for_but_not_used_is_refused():
-    with pytest.raises(ConfigError, match=r"^you pay for 2 nodes and use 1: of 4 ranks 4 on n1$"):
-        check_nodes(members("n1", "n1", "n1", "n1"), {"SLURM_JOB_NUM_NODES": "2"})
-    with pytest.raises(ConfigError, match=r"^you pay for 3 nodes and use 2: of 3 ranks 2 on n1, 1 on n2$"):
-        check_nodes(members("n1", "n1", "n2"), {"SLURM_NNODES": "3"})
+def test_a_node_that_is_paid_for_but_not_used_is_refused_by_name():
+    two = {"SLURM_JOB_NUM_NODES": "2", "SLURM_JOB_NODELIST": "n[1-2]"}
+    text = "you pay for 2 nodes and use 1: of 4 ranks 4 on n1; none on n2 (parallel.allow_idle_nodes=true goes on all the same)"
+    with pytest.raises(ConfigError, match=f"^{re.escape(text)}$"):
+        check_nodes(["n1"] * 4, two)
+    listed = {"SLURM_NNODES": "3", "SLURM_JOB_NODELIST": "n[1-2],gpu-07"}
+    with pytest.raises(ConfigError, match=r"use 2: of 3 ranks 2 on n1\.site, 1 on n2\.site; none on gpu-07 "):
+        check_nodes(["n1.site", "n1.site", "n2.site"], listed)
+    check_nodes(["n1"], two, may_be_idle=True)
 
 
 @pytest.mark.parametrize(
     "environ", [{}, {"SLURM_JOB_NUM_NODES": "2"}, {"SLURM_JOB_NUM_NODES": "1", "SLURM_NNODES": ""}]
 )
 def test_ranks_on_all_nodes_that_are_paid_for_are_right(environ):
-    check_nodes(members("n1", "n2"), environ)
+    check_nodes(["n1", "n2"], environ)
+
+
+def test_tensor_ranks_on_two_nodes_are_told_how_to_do_better(caplog):
+    dims = [ParallelDims.of_world_rank(rank, tp=2, pp=2) for rank in range(4)]
+    warn_of_split_tensor_ranks(dims[0], members("n1", "n1", "n2", "n2"))
+    assert not caplog.messages
+    warn_of_split_tensor_ranks(dims[2], members("n1", "n1", "n2", "n3"))
+    assert "2 tensor ranks of a stage are on 2 nodes (n2, n3)" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("text", "names"),
+    [
+        ("", []),
+        ("login", ["login"]),
+        ("gpu[1-3]", ["gpu1", "gpu2", "gpu3"]),
+        ("gpu[08-10,2],login-1", ["gpu08", "gpu09", "gpu10", "gpu2", "login-1"]),
+        ("r[1-2]n[1,4].site,x", ["r1n1.site", "r1n4.site", "r2n1.site", "r2n4.site", "x"]),
+    ],
+)
+def test_lists_of_nodes_are_written_out(text, names):
+    assert expand_nodelist(text) == names
 
 
 def test_on_one_node_ranks_meet_on_the_loopback(monkeypatch):
@@ -181,3 +215,23 @@ def test_a_process_that_nobody_else_was_started_with_is_refused(tmp_path):
 def test_one_process_needs_no_others(launcher, tmp_path):
     code, said = start(tmp_path, 1, *launcher)
     assert (code, list(said.values())) == (0, ["rank 0 of 1 by single, 0 members"])
+
+
+def test_ranks_that_do_not_come_are_named(monkeypatch):
+    monkeypatch.setattr(rendezvous, "FIND_S", 0.3)
+    store = distributed().HashStore()
+    store.set("hpckv-here-2", "n2")
+    with pytest.raises(RankLostError, match=r"^of 4 ranks these have not come in 0\.3 s: 1, 3$"):
+        rendezvous._meet(store, Launch("torchrun", 0, 4))
+    store.set("hpckv-here-1", "n1")
+    store.set("hpckv-here-3", "n3")
+    rendezvous._meet(store, Launch("torchrun", 0, 4))
+
+
+def test_a_store_listens_at_its_address_and_nowhere_else():
+    store = rendezvous.serve_store("127.0.0.1", 0, 2, datetime.timedelta(seconds=5))
+    rows = [row.split() for name in ("tcp", "tcp6") for row in Path(f"/proc/net/{name}").read_text().splitlines()[1:]]
+    listening = [row[1] for row in rows if row[3] == "0A" and int(row[1].rpartition(":")[2], 16) == store.port]
+    assert listening == [f"0100007F:{store.port:04X}"]
+    with pytest.raises(ConfigError, match=r"^cannot listen at 192\.0\.2\.1:0 "):
+        rendezvous.serve_store("192.0.2.1", 0, 2, datetime.timedelta(seconds=5))

@@ -16,26 +16,18 @@ def strike() -> None:
 
 def arm() -> None:
     """Lay it where it belongs."""
-    from hpckv.engine import executor
     from hpckv.engine.rank import Rank
     from hpckv.engine.runner import Runner
-    from hpckv.engine.station import Station
     from hpckv.store import segment_writer
 
-    load, forward, publish, station = Rank.load, Runner.forward, segment_writer.publish, Station.__init__
+    load, forward, publish = Rank.load, Runner.forward, segment_writer.publish
     seen = {"prefill": 0, "decode": 0, "is_mine": False}
 
-    def is_mine(rank: Rank) -> bool:
-        return rank.world.everyone.rank == int(RANK)
-
     def loading(self, *given):
-        if PHASE == "start" and is_mine(self):
+        seen["is_mine"] = self.world.everyone.rank == int(RANK)
+        if PHASE == "start" and seen["is_mine"]:
             strike()
         return load(self, *given)
-
-    def noting(self, rank):
-        seen["is_mine"] = is_mine(rank)
-        station(self, rank)
 
     def computing(self, chunks, x=None):
         kind = "prefill" if any(chunk.num_tokens > 1 for chunk in chunks) else "decode"
@@ -50,8 +42,6 @@ def arm() -> None:
         return publish(*given, **more)
 
     Rank.load, Runner.forward, segment_writer.publish = loading, computing, publishing
-    Station.__init__ = noting
-    assert executor
 
 
 if __name__ == "__main__":

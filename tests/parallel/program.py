@@ -1,7 +1,7 @@
 """What every rank runs under `mpiexec`: the cases of a JSON file, one after another, in whatever grid each asks for.
 
-A case: {model, tp, pp, prompts, ...}; its result, written by rank 0 of the first replica, has the answers' tokens, cached tokens
-and log-probabilities, and if asked for every logit that a token was drawn from.
+A case: {model, tp, pp, prompts, ...}; its result, written by rank 0 of the first replica, has the answers' tokens and cached
+tokens, what each rank read, and if asked for every logit that a token was drawn from.
 """
 
 import json
@@ -56,12 +56,12 @@ def count_reads() -> None:
         PAYLOAD_BYTES["read"] = PAYLOAD_BYTES.get("read", 0) + len(into)
         plain(self, into, offset)
 
-    Segment._read_payload = counting  # type: ignore[method-assign]
+    Segment._read_payload = counting
 
 
 def answer(case: dict, world: World) -> dict:
     """Run one case on this rank; what rank 0 found, elsewhere nothing but logits."""
-    parallel = ParallelConfig(tp=case["tp"], pp=case["pp"], micro_batches=case.get("micro_batches", 0))
+    parallel = ParallelConfig(tp=case["tp"], pp=case["pp"], **case.get("parallel", {}))
     given = {
         "store": convert(case["store"], StoreConfig, "case") if case.get("store") else None,
         "cache": CacheConfig(block_tokens=8, device_memory=case.get("memory", "4MiB")),
@@ -83,15 +83,13 @@ def answer(case: dict, world: World) -> dict:
         found = {
             "tokens": [a.token_ids for a in answers],
             "cached": [a.usage.cached for a in answers],
-            "logprobs": [[t.logprob for t in a.completions[0].logprobs or ()] for a in answers],
-            "errors": [a.error for a in answers],
         }
         engine.close()
         rank, read = engine.rank, engine.store.tiers[-1].stats.record if engine.store else {}
     record = {
         "box": rank.pages.geometry.box,
         "owned": rank.pages.owned.box,
-        "stored": read.get("stored"),
+        "transport": rank.transport.kind,
         "misses": read.get("misses"),
         "payload_bytes": PAYLOAD_BYTES.pop("read", 0),
     }
@@ -102,18 +100,18 @@ def answer(case: dict, world: World) -> dict:
 
 
 def _serve(rank: Rank, case: dict) -> list[np.ndarray]:
-    seen: list[np.ndarray] = []
+    seen: list[list[np.ndarray]] = []
     load = rank.load
 
     def loading(num_pages: int | None = None) -> None:
         load(num_pages)
         if case.get("logits") and rank.dims.is_last_stage:
-            seen.append(note_logits(rank))  # type: ignore[arg-type]
+            seen.append(note_logits(rank))
 
-    rank.load = loading  # type: ignore[method-assign]
+    rank.load = loading
     serve(rank)
     rank.close()
-    return seen[0] if seen else []  # type: ignore[return-value]
+    return seen[0] if seen else []
 
 
 def _gather(world: World, text: str) -> list[dict]:
@@ -127,9 +125,8 @@ def _gather(world: World, text: str) -> list[dict]:
 def main() -> None:
     cases_file, results_file = Path(sys.argv[1]), Path(sys.argv[2])
     cases = json.loads(cases_file.read_text())
-    first = cases[0]
-    size = first["world"]
-    base = enter(ParallelConfig(tp=size, coordinator=first.get("coordinator", "auto")), rendezvous=results_file.parent)
+    size = cases[0]["world"]
+    base = enter(ParallelConfig(tp=size))
     torch.set_num_threads(1)
     count_reads()
     try:
@@ -140,7 +137,7 @@ def main() -> None:
                 results.append(answer(case, world))
         if base.everyone.rank == 0:
             results_file.write_text(json.dumps(results))
-        base.leave()
+        base.leave(0)
     except BaseException as error:  # noqa: BLE001 - whatever it is, no rank waits for this one
         import traceback
 

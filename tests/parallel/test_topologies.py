@@ -65,11 +65,13 @@ def test_logits_are_bitwise_equal_on_every_grid(shape, checkpoint, tmp_path):
             # Nothing shared: where partial results are merged torch's sigmoid, too, depends on how many there are.
             "prompts": prompts(vocab, num_shared=0),
             "sampling": {"max_tokens": 6, "ignore_eos": True},
-            "logits": str(tmp_path / f"{tp}x{pp}.npy"),
+            "logits": str(tmp_path / f"{tp}x{pp} {'-'.join(transport.values())}.npy"),
             # One step at a time: which rows are computed together is then the same on every grid.
-            "micro_batches": 1,
+            "parallel": {"micro_batches": 1, **transport},
         }
+        for transport in ({"transport": "host"}, {"transport": "device"}, {"transport": "device", "reduce": "compute"})
         for tp, pp in GRIDS
+        if transport == {"transport": "host"} or (tp, pp) in [(4, 1), (1, 3), (2, 2)]
     ]
     results = run_cases(tmp_path, cases, size=4)
     wanted = np.load(cases[0]["logits"])
@@ -77,6 +79,9 @@ def test_logits_are_bitwise_equal_on_every_grid(shape, checkpoint, tmp_path):
     assert len(np.unique(wanted)) > 1000
     for case, result in zip(cases, results, strict=True):
         assert result["tokens"] == results[0]["tokens"]
+        assert case["tp"] * case["pp"] == 1 or {rank["transport"] for rank in result["ranks"]} == {
+            case["parallel"]["transport"]
+        }
         assert np.array_equal(np.load(case["logits"]), wanted), (case["tp"], case["pp"])
 
 
