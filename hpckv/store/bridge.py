@@ -90,6 +90,9 @@ class BridgeTier(Tier):
         self.stats.count_hit(len(found), time.perf_counter() - start)
         return converted
 
+    def writer(self, key: bytes) -> int | None:
+        return self._tier.writer(key)
+
     def put(self, block: StoredBlock, *, keeps_payload: bool = False) -> PutOutcome:
         return PutOutcome.DROPPED
 

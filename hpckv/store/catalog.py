@@ -30,6 +30,7 @@ from hpckv.store.index_file import IndexedSegment, IndexFile
 from hpckv.store.layout import StoreLayout
 from hpckv.store.listing import OwnerListing
 from hpckv.store.node_index import NodeIndex, View
+from hpckv.store.ownership import is_of_user
 from hpckv.store.segment import Segment, SegmentContext
 
 _log = logging.getLogger(__name__)
@@ -289,7 +290,7 @@ class Catalog:
                 continue
             with contextlib.suppress(OSError):
                 status = entry.stat(follow_symlinks=False)
-                if stat.S_ISDIR(status.st_mode) and status.st_uid == uid:
+                if stat.S_ISDIR(status.st_mode) and is_of_user(status, uid):
                     yield uid
 
     def _refresh_owner(self, owner: OwnerListing) -> None:

@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from hpckv.store.direct_io import is_aligned, open_direct
+from hpckv.store.ownership import is_of_group
 
 _AT_ONCE = 512
 """Parts handed to one writev(); the kernel takes 1,024."""
@@ -30,8 +31,9 @@ def publish(
     gid: int | None = None,
     is_durable: bool = True,
     is_direct: bool = False,
-) -> None:
-    """Write `parts` to a new file and bring it into view as `path`. On return it survives a power cut.
+) -> os.stat_result:
+    """Write `parts` to a new file and bring it into view as `path`. On return it survives a power cut; gives the new file's status
+    before it was written, which tells it from any other.
 
     `gid` is the group the file must come to belong to: elsewhere it would count against another quota and be seen by
     others. With `is_direct` page-aligned parts bypass the page cache where the filesystem lets them. Not `is_durable`:
@@ -45,7 +47,7 @@ def publish(
     try:
         try:
             written = os.fstat(fd)
-            if gid is not None and written.st_gid != gid:
+            if gid is not None and not is_of_group(written, gid):
                 raise PermissionError(errno.EPERM, f"its files get group {written.st_gid}, not the project's {gid}")
             if is_direct:
                 _write_direct(fd, parts)
@@ -75,6 +77,7 @@ def publish(
     if is_durable:
         # The name itself is on the disk only when its directory is.
         sync_directory(path.parent)
+    return written
 
 
 def sync_directory(path: Path) -> None:

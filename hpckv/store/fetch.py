@@ -26,6 +26,8 @@ class Loaded(NamedTuple):
     payload: memoryview
     is_bridged: bool = False
     """It was converted from another dtype."""
+    writer: int | None = None
+    """The uid of who had computed and stored it, as far as known."""
 
 
 class DaemonPool:
@@ -183,6 +185,13 @@ class Fetch:
             for job in late:
                 self._on_late(job)
         return self.is_over
+
+    def wait(self, most_s: float) -> None:
+        """Until a block has come or failed, or there is no more to wait for; no longer than `most_s` seconds."""
+        if not self.is_done:
+            self.arrival.clear()
+            if not self.is_done:
+                self.arrival.wait(min(most_s, self.seconds_left + 0.001))
 
     @property
     def seconds_left(self) -> float:

@@ -122,6 +122,14 @@ class FileTier(Tier):
                 found[n] = self._writer.find(keys[n]) is not None
         return found
 
+    def writer(self, key: bytes) -> int | None:
+        if self.keeps_copies_only:
+            return None
+        if self._writer and self._writer.find(key) is not None:
+            return os.getuid()
+        places = self.catalog.places(key)
+        return min(self.catalog.trusted_owner(places[0][0])) if places else None
+
     @property
     def _writes_whole(self) -> bool:
         """Whether what it writes is all that it reads: a block on its way can then be served."""

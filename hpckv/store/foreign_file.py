@@ -7,6 +7,8 @@ import os
 import stat
 from pathlib import Path
 
+from hpckv.store.ownership import is_of_user
+
 
 class UnusableFileError(Exception):
     """A file in the store cannot be used: torn, foreign, damaged or unsafe. For a reader it is a miss."""
@@ -30,7 +32,7 @@ def open_trusted(path: Path, trusted_uids: frozenset[int] | None) -> tuple[int, 
             raise UnusableFileError("not a regular file")
         if status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
             raise UnusableFileError("writable by others than its owner")
-        if trusted_uids is not None and status.st_uid not in trusted_uids:
+        if trusted_uids is not None and not any(is_of_user(status, uid) for uid in trusted_uids):
             raise UnusableFileError(f"owned by uid {status.st_uid}, who is not trusted")
     except BaseException:
         os.close(fd)

@@ -18,6 +18,7 @@ from blake3 import blake3
 from hpckv.store.block import Box
 from hpckv.store.block_index import Entries
 from hpckv.store.foreign_file import UnusableFileError, open_trusted, read_into
+from hpckv.store.ownership import is_of_user
 from hpckv.store.segment import Seal
 
 MAGIC = b"HPCKVIDX"
@@ -81,10 +82,12 @@ class IndexFile:
             read_into(fd, data, 0)
         finally:
             os.close(fd)
-        return cls._parse(data, seal, status.st_uid)
+        return cls._parse(data, seal, status, trusted_uids)
 
     @classmethod
-    def _parse(cls, data: memoryview, seal: Seal, owner: int) -> IndexFile:
+    def _parse(
+        cls, data: memoryview, seal: Seal, status: os.stat_result, trusted_uids: frozenset[int] | None
+    ) -> IndexFile:
         header, mac = bytes(data[: HEADER_BYTES - _MAC_BYTES]), bytes(data[HEADER_BYTES - _MAC_BYTES : HEADER_BYTES])
         if not header.startswith(MAGIC) or len(data) < HEADER_BYTES:
             raise UnusableFileError("no index file, or torn")
@@ -95,7 +98,8 @@ class IndexFile:
             raise UnusableFileError(f"index version {version}, this program reads {FORMAT_VERSION}")
         if blake3(header, key=seal.epoch_key).digest() != mac:
             raise UnusableFileError("its header does not verify with this store's key")
-        if (size, uid, epoch, namespace) != (len(data), owner, seal.epoch, seal.namespace):
+        is_owners = is_of_user(status, uid) and (trusted_uids is None or uid in trusted_uids)
+        if (size, epoch, namespace) != (len(data), seal.epoch, seal.namespace) or not is_owners:
             raise UnusableFileError("its header does not belong to this file, namespace or epoch")
         widths = [_SEGMENT.itemsize * num_segments, 16 * num_superseded, 8 * num_entries, 8 * num_entries]
         if sum(widths) + HEADER_BYTES != size:

@@ -17,6 +17,7 @@ from hpckv.store.collect import is_orphan
 from hpckv.store.foreign_file import UnusableFileError, open_trusted
 from hpckv.store.identity import canonical_json
 from hpckv.store.index_file import IndexFile
+from hpckv.store.ownership import is_of_group
 from hpckv.store.root import StoreRoot
 from hpckv.store.segment import Seal, Segment
 from hpckv.store.survey import StoredFile, Survey, Use
@@ -183,7 +184,7 @@ def unsafe_folders(root: StoreRoot) -> Iterator[tuple[Path, str]]:
         return
     for path, wanted in ((layout.root, 0o2750), (layout.keys, 0o2750), (layout.users, 0o3770)):
         status = path.stat()
-        if status.st_mode & 0o7777 != wanted or status.st_gid != root.policy.group:
+        if status.st_mode & 0o7777 != wanted or not is_of_group(status, root.policy.group):
             yield (
                 path,
                 f"mode {status.st_mode & 0o7777:o}, group {status.st_gid}; should be {wanted:o}, {root.policy.group}",

@@ -51,6 +51,15 @@ class StoreLayout:
     def heat(self, uid: int) -> Path:
         return self.user(uid) / "heat"
 
+    def ledger(self, uid: int) -> Path:
+        """What a user's runs computed and hit (`docs/ledger-format.md`)."""
+        return self.user(uid) / "ledger"
+
+    @property
+    def rolled_up(self) -> Path:
+        """Closed months of all ledgers."""
+        return self.plan / "ledger"
+
     def node_index(self, namespace: str) -> Path:
         """Node-local: what one process saw, for the others."""
         return self.root / "node" / namespace

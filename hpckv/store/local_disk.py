@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import stat
 from pathlib import Path
 
 from hpckv.errors import AccessError
@@ -25,9 +27,9 @@ def find_local_folder(setting: str, store: Path) -> Path | None:
     if asked:
         folder = Path(asked)
         if not folder.is_dir() or not os.access(folder, os.W_OK | os.X_OK):
-            raise AccessError(f"store.local: {folder} is no folder that can be written to")
+            raise AccessError(f"{folder}: named as the node's own disk, and is no folder that can be written to")
         return folder
-    if setting == "none" or filesystem_type(store) not in _NETWORK:
+    if setting == "none" or not is_on_network(store):
         return None
     user, job = os.environ.get("USER", ""), os.environ.get("SLURM_JOB_ID", "")
     candidates = [
@@ -41,6 +43,21 @@ def find_local_folder(setting: str, store: Path) -> Path | None:
         if is_usable and filesystem_type(folder) not in _NETWORK | _MEMORY:
             return folder
     return None
+
+
+def own_folder(place: Path, name: str) -> Path:
+    """This user's folder in a place that all users of the node write to; raises `OSError` if it is not this user's alone."""
+    folder = place / f"{name}-{os.getuid()}"
+    folder.mkdir(mode=0o700, exist_ok=True)
+    status = folder.lstat()
+    if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.getuid() or status.st_mode & 0o077:
+        raise PermissionError(errno.EPERM, "not a folder of yours alone", str(folder))
+    return folder
+
+
+def is_on_network(path: Path) -> bool:
+    """Whether a path is on a filesystem that other nodes see."""
+    return filesystem_type(path) in _NETWORK
 
 
 def filesystem_type(path: Path) -> str:

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import errno
 import json
 import logging
 import os
-import stat
 from dataclasses import replace
 from pathlib import Path
 
@@ -26,7 +24,7 @@ from hpckv.store.file_tier import FileTier
 from hpckv.store.host_tier import HostTier
 from hpckv.store.identity import Namespace
 from hpckv.store.layout import StoreLayout
-from hpckv.store.local_disk import find_local_folder
+from hpckv.store.local_disk import find_local_folder, own_folder
 from hpckv.store.node_index import NodeIndex
 from hpckv.store.policy import Bridging, StorePolicy
 from hpckv.store.root import StoreRoot
@@ -245,17 +243,13 @@ def _own_local_folder(local: Path, root: StoreRoot) -> StoreLayout | None:
 
     Whoever is not trusted any more may have left copies in it: another folder then.
     """
-    base = local / f"hpckv-{os.getuid()}"
     try:
-        base.mkdir(mode=0o700, exist_ok=True)
-        status = base.lstat()
-        if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.getuid() or status.st_mode & 0o077:
-            raise PermissionError(errno.EPERM, "not a folder of yours alone")
+        base = own_folder(local, "hpckv")
         listed = json.dumps(root.policy.distrusted).encode()
         folder = base / (root.policy.uuid + (f"-{blake3(listed).hexdigest(8)}" if root.policy.distrusted else ""))
         folder.mkdir(mode=0o700, exist_ok=True)
     except OSError as error:
-        warn_once(_log, f"{base}: {error.strerror}; nothing is copied to this node's disk")
+        warn_once(_log, f"{error.filename or local}: {error.strerror}; nothing is copied to this node's disk")
         return None
     return StoreLayout(folder)
 

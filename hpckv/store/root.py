@@ -23,6 +23,7 @@ from hpckv.schema import convert
 from hpckv.store.durable import publish
 from hpckv.store.foreign_file import UnusableFileError, open_trusted
 from hpckv.store.layout import StoreLayout
+from hpckv.store.ownership import is_of_group
 from hpckv.store.policy import FORMAT, FORMAT_VERSION, StorePolicy
 
 EPOCH_KEY_BYTES = 32
@@ -183,12 +184,12 @@ def _make_folder(folder: Path, mode: int, group: int | None) -> None:
     status = folder.stat()
     if status.st_uid != os.getuid():
         return  # made by somebody else in the same moment, who sets it up
-    if group is not None and status.st_gid != group:
+    if group is not None and not is_of_group(status, group):
         os.chown(folder, -1, group)
     if stat.S_IMODE(status.st_mode) != mode:
         folder.chmod(mode)
     found = folder.stat()
-    if stat.S_IMODE(found.st_mode) != mode or (group is not None and found.st_gid != group):
+    if stat.S_IMODE(found.st_mode) != mode or (group is not None and not is_of_group(found, group)):
         raise PermissionError(
             1,
             f"the filesystem gave mode {stat.S_IMODE(found.st_mode):o} and group {found.st_gid} "

@@ -22,6 +22,7 @@ from hpckv.store.block import DIGEST_BYTES, KEY_BYTES, BlockGeometry, Box, tile_
 from hpckv.store.direct_io import aligned_buffer, open_direct, read_past_cache
 from hpckv.store.foreign_file import UnusableFileError, open_trusted, read_into
 from hpckv.store.hdf5_image import build_image
+from hpckv.store.ownership import is_of_user
 
 MAGIC = b"HPCKVSEG"
 FORMAT_VERSION = 1
@@ -188,23 +189,22 @@ class Segment:
         self._direct_fd = _UNKNOWN
         self._opening = threading.Lock()
         self._fd, status = open_trusted(path, trusted_uids)
-        self.owner, self.file_bytes, self.written_at = status.st_uid, status.st_size, status.st_mtime
+        self.file_bytes, self.written_at = status.st_size, status.st_mtime
         try:
-            self._read_tables(seal)
+            trailer = self._read_tables(seal)
+            # By its own word, too: in a user namespace the kernel does not tell colleagues apart.
+            if not is_of_user(status, trailer.uid) or (trusted_uids is not None and trailer.uid not in trusted_uids):
+                raise UnusableFileError(f"it says it is of uid {trailer.uid}, which it is not")
+            self.owner = trailer.uid
         except BaseException:
             self.close()
             raise
 
-    def _read_tables(self, seal: Seal) -> None:
+    def _read_tables(self, seal: Seal) -> Trailer:
         if self.file_bytes < TRAILER_BYTES:
             raise UnusableFileError("too short")
         trailer = Trailer.parse(self._pread(TRAILER_BYTES, self.file_bytes - TRAILER_BYTES), self._epoch_key)
-        if (trailer.file_bytes, trailer.namespace, trailer.epoch, trailer.uid) != (
-            self.file_bytes,
-            seal.namespace,
-            seal.epoch,
-            self.owner,
-        ):
+        if (trailer.file_bytes, trailer.namespace, trailer.epoch) != (self.file_bytes, seal.namespace, seal.epoch):
             raise UnusableFileError("its trailer does not belong to this file, namespace or epoch")
         self.geometry = geometry = trailer.geometry
         if isinstance(seal, SegmentContext) and geometry.with_box(*seal.geometry.box) != seal.geometry:
@@ -234,6 +234,7 @@ class Segment:
         self.parents = np.frombuffer(tables["parents"], np.uint8).reshape(-1, KEY_BYTES)
         self.positions = np.frombuffer(tables["positions"], "<u8")
         self._digests, self._kv_offset = tables["digests"], trailer.offsets["kv"]
+        return trailer
 
     def key(self, row: int) -> bytes:
         return bytes(self.keys[row])

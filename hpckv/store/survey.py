@@ -13,6 +13,7 @@ from pathlib import Path
 
 from hpckv.store.foreign_file import open_trusted
 from hpckv.store.layout import StoreLayout
+from hpckv.store.ownership import is_of_user
 
 HEAT_EVERY_S = 600.0
 """A running process tells so often what it has read."""
@@ -27,7 +28,7 @@ class StoredFile:
     path: Path
     uid: int
     kind: str
-    """`segment`, `index`, `heat`, `audit`, `identity`, `salt`, `temporary` or `other`."""
+    """`segment`, `index`, `heat`, `audit`, `identity`, `salt`, `ledger`, `temporary` or `other`."""
     num_bytes: int
     written_at: float
 
@@ -67,7 +68,7 @@ class Survey:
                 if known is None:
                     with contextlib.suppress(OSError):
                         status = path.lstat()
-                        if stat.S_ISREG(status.st_mode) and status.st_uid == uid:
+                        if stat.S_ISREG(status.st_mode) and is_of_user(status, uid):
                             known = StoredFile(path, uid, _kind(path), status.st_size, status.st_mtime)
                 if known is not None:
                     present[path] = known
@@ -109,8 +110,8 @@ def users(layout: StoreLayout) -> Iterator[tuple[int, Path]]:
     for entry in entries:
         with contextlib.suppress(OSError):
             status = entry.stat(follow_symlinks=False)
-            if stat.S_ISDIR(status.st_mode) and status.st_uid == int(entry.name):
-                yield status.st_uid, Path(entry.path)
+            if stat.S_ISDIR(status.st_mode) and is_of_user(status, int(entry.name)):
+                yield int(entry.name), Path(entry.path)
 
 
 def heat_record(reads: Mapping[str, float], now: float, keeps: Mapping[str, int] | None = None) -> bytes:
@@ -172,4 +173,4 @@ def _kind(path: Path) -> str:
         return "temporary"
     if path.suffix == ".json":
         return "identity" if path.stem == "identity" else "audit" if path.parent.name == "audit" else "heat"
-    return {".h5": "segment", ".idx": "index", ".salt": "salt"}.get(path.suffix, "other")
+    return {".h5": "segment", ".idx": "index", ".salt": "salt", ".jsonl": "ledger"}.get(path.suffix, "other")

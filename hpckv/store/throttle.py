@@ -61,6 +61,9 @@ class ThrottledTier(Tier):
             return None
         return self._tier.get(key)
 
+    def writer(self, key: bytes) -> int | None:
+        return self._tier.writer(key)
+
     def put(self, block: StoredBlock, *, keeps_payload: bool = False) -> PutOutcome:
         return self._tier.put(block, keeps_payload=keeps_payload)
 

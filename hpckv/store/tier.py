@@ -4,6 +4,7 @@ A tier maps a block key (32 bytes) to immutable bytes of one fixed size. It know
 requests, and no tier calls another (see `tiered_store`).
 
     present()   from memory, no I/O: whether a get() of each key is worth trying
+    writer()    from memory, no I/O: the uid of whose block it is, for the ledger; None where a tier keeps copies only
     get()       the exact bytes that were put, verified in the buffer that is returned - or a miss; never an exception
     put()       takes a copy, unless it is told that nobody will change the payload any more; never blocks on a device
     flush()     once it returns, every block put() answered STORED for is as durable as the tier ever makes it
@@ -102,6 +103,10 @@ class Tier(ABC):
     @abstractmethod
     def get(self, key: bytes) -> memoryview | None:
         """The block's bytes, or None for a miss. Nobody changes them any more, and the caller must not either."""
+
+    def writer(self, key: bytes) -> int | None:
+        """The uid of who computed and put a block that is present; None if the tier does not know. No I/O."""
+        return None
 
     @abstractmethod
     def put(self, block: StoredBlock, *, keeps_payload: bool = False) -> PutOutcome:

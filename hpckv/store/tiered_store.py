@@ -63,6 +63,15 @@ class TieredStore:
                 return len(keys)
         return int(np.argmin(found))
 
+    def nearest(self, keys: Sequence[bytes]) -> list[str]:
+        """The name of the nearest tier for each of the blocks that `match` counts. No I/O."""
+        keys = keys[: self.match(keys)]
+        names = [""] * len(keys)
+        for tier, breaker in reversed(list(zip(self.tiers, self.breakers, strict=True))):
+            if keys and not breaker.is_open:
+                names = [tier.name if here else name for name, here in zip(names, tier.present(keys), strict=True)]
+        return names
+
     def load(self, block: StoredBlock, on_tier: Callable[[int], None] = lambda _: None) -> Loaded | None:
         """A verified block from the nearest tier that has it, kept in the nearer ones.
 
@@ -75,6 +84,7 @@ class TieredStore:
             if breaker.is_open or not tier.present([block.key])[0]:
                 continue
             on_tier(number)
+            writer = self._writer(block.key)
             payload = tier.get(block.key)
             if payload is not None:
                 breaker.note_success()
@@ -82,8 +92,13 @@ class TieredStore:
                 nearer_tiers = [] if tier.is_bridge or generation != self._generation else self.tiers[:number]
                 for nearer in nearer_tiers:
                     nearer.put(StoredBlock(block.key, block.parent, block.position, payload), keeps_payload=True)
-                return Loaded(tier.name, payload, tier.is_bridge)
+                return Loaded(tier.name, payload, tier.is_bridge, writer)
         return None
+
+    def _writer(self, key: bytes) -> int | None:
+        """Whose block it is: a copy's does not tell, the tier that it was copied from may."""
+        found = (tier.writer(key) for tier in self.tiers)
+        return next((uid for uid in found if uid is not None), None)
 
     def fetch(self, keys: Sequence[bytes], parent: bytes = ROOT_KEY) -> Fetch:
         """Begin to load consecutive blocks of a prefix, the first of which follows `parent`. Returns at once."""

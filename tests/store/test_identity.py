@@ -110,8 +110,8 @@ def test_a_block_passes_from_one_process_life_to_the_next_and_is_promoted(tmp_pa
     assert first.save(block)
     first.close()
     second = store(tmp_path / "kv")
-    tier, payload, _ = second.load(block)
-    assert (tier, bytes(payload)) == ("shared", block.payload)
+    found = second.load(block)
+    assert (found.tier, bytes(found.payload), found.writer) == ("shared", block.payload, os.getuid())
     assert second.load(block)[0] == "host"
     second.close()
 

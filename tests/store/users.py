@@ -1,5 +1,7 @@
 """Real users for tests: run a function in a child process under another uid, gid and groups."""
 
+import ctypes
+import encodings.unicode_escape  # noqa: F401 - users cannot read an interpreter that is root's, so nothing may be missing
 import json
 import os
 import traceback
@@ -9,6 +11,7 @@ from pathlib import Path
 
 PROJECT, OUTSIDE = 62001, 62002
 OWNER, MEMBER, OTHER, STRANGER = 61001, 61002, 61003, 61004
+_CLONE_NEWUSER, _PR_SET_DUMPABLE = 0x10000000, 4
 GROUPS = {OWNER: [PROJECT], MEMBER: [PROJECT], OTHER: [PROJECT], STRANGER: [OUTSIDE]}
 
 
@@ -17,15 +20,31 @@ def as_user(uid: int, work: Callable[[], object]) -> object:
     return start_as(uid, work)()
 
 
-def start_as(uid: int, work: Callable[[], object]) -> Callable[[], object]:
-    """The same, at once: returns a function that waits for the answer."""
+def as_contained_user(uid: int, work: Callable[[], object]) -> object:
+    """The same where Apptainer runs without setuid: a user namespace that knows this user and a group of their own, nobody else."""
+
+    def inside() -> object:
+        libc = ctypes.CDLL(None, use_errno=True)
+        libc.prctl(_PR_SET_DUMPABLE, 1)  # who has changed their uid may not write to /proc/self otherwise
+        if libc.unshare(_CLONE_NEWUSER):
+            raise OSError(ctypes.get_errno(), "no user namespaces")
+        Path("/proc/self/uid_map").write_text(f"{uid} {uid} 1")
+        Path("/proc/self/setgroups").write_text("deny")
+        Path("/proc/self/gid_map").write_text(f"{uid} {uid} 1")
+        return work()
+
+    return start_as(uid, inside, gid=uid)()
+
+
+def start_as(uid: int, work: Callable[[], object], *, gid: int | None = None) -> Callable[[], object]:
+    """The same, at once: returns a function that waits for the answer. `gid` is another first group than the project's."""
     read_end, write_end = os.pipe()
     child = os.fork()
     if child == 0:
         try:
             os.close(read_end)
             os.setgroups(GROUPS[uid])
-            os.setgid(GROUPS[uid][0])
+            os.setgid(GROUPS[uid][0] if gid is None else gid)
             os.setuid(uid)
             os.umask(0o077)  # the strictest a user may have
             answer = {"value": work()}
