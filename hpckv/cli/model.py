@@ -1,4 +1,4 @@
-"""`hpckv model`: what a model folder is and what it takes. Reads headers only; no torch."""
+"""`hpckv model`: what a model folder is and what it takes, and a copy of it on the node's disk. No torch."""
 
 from __future__ import annotations
 
@@ -8,13 +8,17 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
 from rich.table import Table
 
 from hpckv.cli.show import print_facts
 from hpckv.model import ModelConfig, read_config
+from hpckv.model.stage import stage_model
 from hpckv.quantity import format_bytes
 
-model_app = typer.Typer(help="Inspect model folders.", no_args_is_help=True, rich_markup_mode=None)
+model_app = typer.Typer(
+    help="Inspect model folders, and copy them to a node's disk.", no_args_is_help=True, rich_markup_mode=None
+)
 
 KV_DTYPES = {"float32": 4, "bfloat16": 2, "float16": 2, "fp8": 1}
 GPU_CLASSES = {"V100 16GB": 16, "V100 32GB": 32, "A100 40GB": 40, "A100 80GB": 80, "H100 80GB": 80, "H200 141GB": 141}
@@ -24,7 +28,7 @@ _WEIGHT_BYTES = 2
 
 @model_app.callback()
 def _group() -> None:
-    """Inspect model folders."""
+    """Inspect model folders, and copy them to a node's disk."""
 
 
 @model_app.command()
@@ -70,6 +74,28 @@ def info(
         row = [f"{tokens[d]:,}" if tokens else "-" for d in ("float16", "fp8")]
         fits.add_row(gpu, "fit" if tokens else "do not fit", *row)
     console.print(fits)
+
+
+@model_app.command()
+def stage(
+    path: Annotated[Path, typer.Argument(metavar="PATH", help="Hugging Face model folder.")],
+    *,
+    to: Annotated[
+        str,
+        typer.Option("--to", metavar="DIR", help="Of this node's disk; found by itself where PATH is on the network."),
+    ] = "auto",
+) -> None:
+    """Copy a model onto this node's own disk, once, verified; prints the folder. `model.stage` in a run file does the same.
+
+    Example: hpckv model stage /lustre/models/llama-3.1-8b --to $SLURM_TMPDIR
+    """
+    read_config(path)
+    with Progress(
+        TextColumn("copying"), BarColumn(), DownloadColumn(), TransferSpeedColumn(), console=Console(stderr=True)
+    ) as bar:
+        task = bar.add_task("copy", total=None, visible=False)
+        copy = stage_model(path, to, lambda done, total: bar.update(task, completed=done, total=total, visible=True))
+    typer.echo(str(copy))
 
 
 def describe(config: ModelConfig) -> dict[str, Any]:

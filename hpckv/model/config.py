@@ -18,6 +18,9 @@ class ModelSettings(Config, frozen=True):
     """Dtype of weights and arithmetic; `auto` takes the checkpoint's where the hardware has it."""
     quantization: Literal["none", "fp8"] = "none"
     """Weight quantisation applied at load. `fp8` is not in this version and is refused."""
+    stage: bool = False
+    """Copy the folder onto the node's own disk first, once for all ranks of the node, where it lies on a network filesystem and the
+    disk has room. The copy stays for later starts."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where to compute; `auto` takes a CUDA GPU if torch sees one."""
 

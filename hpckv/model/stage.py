@@ -1,0 +1,163 @@
+"""A model's folder on this node's own disk: copied once for all its processes, verified, and there for later starts. No torch.
+
+Ranks that each read the weights over the network read them as many times; a copy is read from the node's page cache by all but
+the first. Where there is no such disk, or no room, the folder itself is used: staging makes a start faster or changes nothing.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import logging
+import os
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from blake3 import blake3
+
+from hpckv.errors import AccessError
+from hpckv.model.files import weight_files
+from hpckv.quantity import format_bytes
+from hpckv.store.durable import publish
+from hpckv.store.local_disk import find_local_folder, own_folder
+
+_log = logging.getLogger(__name__)
+
+_PIECE_BYTES = 16 * 1024**2
+_SMALL_BYTES = 64 * 1024**2
+"""Of files that are not weights: tokenizer, configuration."""
+_MARKER = ".complete"
+_SPARE = 0.05
+"""Of the disk, that copies leave free."""
+_UNUSED_S = 7 * 86400.0
+
+Note = Callable[[int, int], None]
+"""Told of bytes copied so far, and of all."""
+
+
+def stage_model(folder: Path, setting: str = "auto", note: Note = lambda done, total: None) -> Path:
+    """The folder of the copy, made if it is not there; `folder` where that brings nothing or is not possible.
+
+    `setting` is a node-local folder, or `auto`: as `store.local` finds it, where the model is on a network filesystem.
+    Raises `ModelError` for a folder without weights, `AccessError`.
+    """
+    room = find_local_folder(setting, folder)
+    if room is None:
+        return folder
+    try:
+        base = own_folder(room, "hpckv-models")
+        files = _files(folder)
+        copy = base / _name(folder, files)
+        with _alone(base / f"{copy.name}.lock"):
+            if not (copy / _MARKER).exists():
+                size = sum(file.stat().st_size for file in files)
+                if not _make_room(base, size, copy):
+                    free = format_bytes(shutil.disk_usage(base).free)
+                    _log.warning(
+                        "%s: %s free, the model has %s; it is read from where it is", base, free, format_bytes(size)
+                    )
+                    return folder
+                _copy(files, copy, size, note)
+            os.utime(copy / _MARKER)
+    except OSError as error:
+        _log.warning("%s: %s; the model is read from where it is", error.filename or room, error.strerror)
+        return folder
+    return copy
+
+
+def _files(folder: Path) -> list[Path]:
+    """Weights in the one format that is read, and whatever is small."""
+    weights = weight_files(folder)
+    try:
+        others = [file for file in folder.iterdir() if file.is_file() and file.stat().st_size <= _SMALL_BYTES]
+    except OSError as error:
+        raise AccessError(f"{folder}: {error.strerror}") from None
+    return sorted({*weights, *others})
+
+
+def _name(folder: Path, files: list[Path]) -> str:
+    """Says which state of the folder this is."""
+    digest = blake3(os.fsencode(folder.resolve()))
+    for file in files:
+        status = file.stat()
+        digest.update(f"\0{file.name} {status.st_size} {status.st_mtime_ns}".encode())
+    return digest.hexdigest(16)
+
+
+@contextlib.contextmanager
+def _alone(path: Path) -> Iterator[None]:
+    """One process of this node; its disk's locks can be trusted."""
+    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(fd)
+
+
+def _make_room(base: Path, size: int, own: Path) -> bool:
+    """Remove what was broken off, what nobody has used for a week, and then the oldest; whether there is room now.
+
+    A process that still reads a removed copy goes on: its files are open.
+    """
+    shutil.rmtree(own, ignore_errors=True)
+
+    def is_roomy() -> bool:
+        usage = shutil.disk_usage(base)
+        return usage.free - size > _SPARE * usage.total
+
+    others = [(_used(folder), folder) for folder in base.iterdir() if folder.is_dir()]
+    for used, folder in sorted(others):
+        if (is_roomy() and time.time() - used < _UNUSED_S) or not _is_idle(folder):
+            continue
+        shutil.rmtree(folder, ignore_errors=True)
+    return is_roomy()
+
+
+def _used(folder: Path) -> float:
+    try:
+        return (folder / _MARKER).stat().st_mtime
+    except OSError:
+        return 0.0
+
+
+def _is_idle(folder: Path) -> bool:
+    """Nobody is copying into it."""
+    fd = os.open(folder.with_name(f"{folder.name}.lock"), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return False
+    finally:
+        os.close(fd)
+    return True
+
+
+def _copy(files: list[Path], target: Path, size: int, note: Note) -> None:
+    """Raises `OSError`, also when what was written is read back as something else."""
+    begun, done = time.monotonic(), 0
+    target.mkdir(mode=0o700)
+    for file in files:
+        written = blake3()
+        with file.open("rb") as source, (target / file.name).open("wb", buffering=0) as copy:
+            while piece := source.read(_PIECE_BYTES):
+                written.update(piece)
+                view = memoryview(piece)
+                while view:
+                    view = view[copy.write(view) :]
+                done += len(piece)
+                note(done, size)
+            os.fsync(copy.fileno())
+            os.posix_fadvise(copy.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)  # so that the disk is read
+        found = blake3(max_threads=blake3.AUTO)
+        if (target / file.name).stat().st_size:
+            found.update_mmap(target / file.name)
+        if found.digest() != written.digest():
+            raise OSError(5, "what was copied is read back as something else", str(target / file.name))
+    publish(target / _MARKER, [])
+    seconds = max(1e-6, time.monotonic() - begun)
+    _log.info(
+        "model copied to %s: %s in %.1f s, %s/s", target, format_bytes(size), seconds, format_bytes(size / seconds)
+    )
