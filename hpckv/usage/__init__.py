@@ -1,1 +1,1 @@
-"""Accounting. Empty in this version; a run's counters are in its `summary.json`, each answer's in its `usage`."""
+"""Accounting: the ledger that runs write (`docs/ledger-format.md`), and what is asked of it (`hpckv acct`)."""

@@ -1,0 +1,109 @@
+"""How long `hpckv acct` takes over a large ledger: ten months, rolled up but for the last, and not.
+
+.venv/bin/python bench/acct.py --records 1000000
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from datetime import UTC, datetime
+from pathlib import Path
+
+from hpckv.store.policy import StorePolicy
+from hpckv.store.root import StoreRoot
+from hpckv.usage.ledger import digest, encode, month_of
+from hpckv.usage.record import Counters, Record
+from hpckv.usage.rollup import roll_up
+
+START = datetime(2026, 1, 2, tzinfo=UTC).timestamp()
+MONTH_S = 30.4 * 86400
+JOB_RECORDS = 500
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--records", type=int, default=1_000_000)
+    parser.add_argument("--rounds", type=int, default=3)
+    given = parser.parse_args()
+    with tempfile.TemporaryDirectory(prefix="hpckv-bench-") as folder:
+        store = StoreRoot.create(Path(folder) / "store", StorePolicy.new())
+        months = make_ledger(store, given.records)
+        last = f"{months[-1]}-01", "2026-12-01"
+        found = {"records": given.records}
+        whole, one = ("-S", "2026-01-01", "-E", "2026-12-01"), ("-S", last[0], "-E", last[1])
+        found["no month rolled up, all"] = ask(store, whole, 1)
+        begun = time.perf_counter()
+        for month in months[:-1]:
+            roll_up(store, month)
+        found["rolling nine months up"] = time.perf_counter() - begun
+        found["nine months rolled up, all"] = ask(store, whole, given.rounds)
+        found["nine months rolled up, the last month"] = ask(store, one, given.rounds)
+        roll_up(store, months[-1])
+        found["ten months rolled up, all"] = ask(store, whole, given.rounds)
+        found["ten months rolled up, one month"] = ask(store, one, given.rounds)
+    print(json.dumps({name: round(value, 2) for name, value in found.items()}, indent=1))
+
+
+def make_ledger(store: StoreRoot, count: int) -> list[str]:
+    """Jobs of some hours each, a record a minute; the months."""
+    rng, months = random.Random(0), set()
+    num_jobs = count // JOB_RECORDS
+    for job in range(num_jobs):
+        pattern = Record.of_this_process(
+            environ={"SLURM_JOB_ID": str(job)}, model=f"m{job % 5}", gpu="NVIDIA H100", project="p"
+        )
+        month_start = START + (job * 10 // num_jobs) * MONTH_S
+        t, prev, lines = month_start + rng.random() * 20 * 86400, "", []
+        for seq in range(JOB_RECORDS):
+            hit, computed = rng.randrange(100_000), rng.randrange(10_000)
+            counters = Counters(
+                requests=100,
+                prompt_tokens=hit + computed,
+                cached={"device": hit // 2, "shared": hit - hit // 2},
+                computed_tokens=computed,
+                output_tokens=1000,
+                gpu_s=60.0,
+                saved_gpu_s=10.0,
+                by_writer={"0": hit - hit // 2},
+            )
+            line = encode(pattern.with_counters(counters, seq=seq, t0=t, t1=t + 60, prev=prev))
+            prev, t = digest(line[:-1]), t + 60
+            lines.append(line)
+        folder = store.layout.ledger(os.getuid()) / month_of(t)
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / f"{pattern.writer}.jsonl").write_bytes(b"".join(lines))
+        months.add(folder.name)
+    return sorted(months)
+
+
+def ask(store: StoreRoot, window: tuple[str, ...], rounds: int) -> float:
+    """Median seconds of the whole command."""
+    command = [
+        sys.executable,
+        "-m",
+        "hpckv.cli.main",
+        "acct",
+        "--store",
+        str(store.layout.root),
+        "--group-by",
+        "model",
+        *window,
+    ]
+    taken = []
+    for _ in range(rounds):
+        begun = time.perf_counter()
+        subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+        taken.append(time.perf_counter() - begun)
+    return statistics.median(taken)
+
+
+if __name__ == "__main__":
+    main()

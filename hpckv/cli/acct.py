@@ -1,0 +1,189 @@
+"""`hpckv acct`: `sacct` for cache hits."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from hpckv.cli.acct_print import print_csv, print_definitions, print_json, print_parsable, print_table
+from hpckv.cli.show import progress, user_name
+from hpckv.errors import ConfigError
+
+_log = logging.getLogger(__name__)
+
+_FIELD = re.compile(r"(?P<name>[^%]+%?)(?:%(?P<width>-?\d+))?")
+
+
+def acct(
+    *,
+    starttime: Annotated[
+        str | None, typer.Option("-S", "--starttime", help="From when on: today unless given, with -j ever.")
+    ] = None,
+    endtime: Annotated[str, typer.Option("-E", "--endtime", help="Until when.")] = "now",
+    user: Annotated[str | None, typer.Option("-u", "--user", help="These users, with commas between.")] = None,
+    everybody: Annotated[bool, typer.Option("-a", "--allusers", help="Everybody's jobs, not only one's own.")] = False,
+    account: Annotated[str | None, typer.Option("-A", "--accounts", help="These Slurm accounts.")] = None,
+    jobs: Annotated[str | None, typer.Option("-j", "--jobs", help="These jobs: 7, or a task of an array, 7_3.")] = None,
+    partition: Annotated[str | None, typer.Option("-r", "--partition", help="These partitions.")] = None,
+    model: Annotated[str | None, typer.Option("--model", help="These models, by their folders' names.")] = None,
+    project: Annotated[str | None, typer.Option("--project", help="Stores of these Unix groups.")] = None,
+    allocations: Annotated[
+        bool, typer.Option("-X", "--allocations", help="One line a job, as is always printed.")
+    ] = False,
+    group: Annotated[
+        str, typer.Option("--group-by", help="job, user, account, project, model, gpu, day or writer.")
+    ] = "job",
+    fields: Annotated[
+        str | None, typer.Option("-o", "--format", help="Columns, with %20 a width; $HPCKV_ACCT_FORMAT.")
+    ] = None,
+    helpformat: Annotated[bool, typer.Option("-e", "--helpformat", help="Say what each column is.")] = False,
+    no_header: Annotated[bool, typer.Option("-n", "--noheader", help="No header line.")] = False,
+    parsable: Annotated[bool, typer.Option("-p", "--parsable", help="| between fields and at the end.")] = False,
+    parsable2: Annotated[bool, typer.Option("-P", "--parsable2", help="| between fields.")] = False,
+    delimiter: Annotated[str, typer.Option("--delimiter", help="Instead of | with -p and -P.")] = "|",
+    units: Annotated[str | None, typer.Option("--units", help="Counts and bytes in K, M, G, T or P.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Machine-readable.")] = False,
+    as_csv: Annotated[bool, typer.Option("--csv", help="Comma-separated values.")] = False,
+    store: Annotated[
+        list[str] | None, typer.Option("--store", help="Stores; $HPCKV_STORE, or the site file's, unless given.")
+    ] = None,
+    run: Annotated[list[str] | None, typer.Option("--run", help="Directories of runs without a store.")] = None,
+    site: Annotated[str | None, typer.Option("--site", help="Site file with prices; $HPCKV_SITE.")] = None,
+    rollup: Annotated[
+        bool, typer.Option("--rollup", help="Roll closed months up, as the store's owner, and print what was done.")
+    ] = False,
+) -> None:
+    """Who computed, who hit whose cache, and what it saved: `sacct` for prefixes.
+
+    Example: hpckv acct -S now-7days --group-by user
+    """
+    if helpformat:
+        print_definitions(group)
+        return
+    site_file = site or os.environ.get("HPCKV_SITE")
+    stores = _stores(store, site_file, run)
+    if rollup:
+        _roll_up(stores, as_json=as_json)
+        return
+    from hpckv.usage.gather import gather
+    from hpckv.usage.points import read_points
+    from hpckv.usage.query import Accounts, Question
+    from hpckv.usage.timespec import parse_time
+
+    wanted = _columns(fields or os.environ.get("HPCKV_ACCT_FORMAT") or "", group)
+    is_of_all = everybody or (group != "job" and not user)
+    question = Question(
+        start=parse_time(starttime or ("1970-01-02" if jobs else "today"), "-S"),
+        end=parse_time(endtime, "-E") + (endtime == "now"),  # with what has just been written
+        group=group,
+        columns=[column for column, _ in wanted],
+        uids=None if is_of_all else _uids(user),
+        accounts=_list(account),
+        jobs=_list(jobs),
+        partitions=_list(partition),
+        models=_list(model),
+        projects=_list(project),
+    )
+    points = read_points(Path(site_file) if site_file else None)
+    found = gather(stores, [Path(path) for path in run or ()], question.start, question.end)
+    answer = Accounts(found, points, user_name).ask(question)
+    for oddity in found.oddities:
+        _log.warning("%s: %s", oddity.path, oddity.what)
+    if answer.unpriced:
+        _log.warning("%d records are of no price in %s, and count 0 points", answer.unpriced, site_file)
+    if as_json:
+        print_json(answer, found.oddities)
+    elif as_csv:
+        print_csv(answer, has_header=not no_header)
+    elif parsable or parsable2:
+        print_parsable(answer, delimiter, units, ends_lines=parsable, has_header=not no_header)
+    else:
+        print_table(answer, [width for _, width in wanted], units, has_header=not no_header)
+
+
+def _stores(given: Sequence[str] | None, site: str | None, runs: Sequence[str] | None) -> list[Path]:
+    """Folders of stores, all checked to be ones; raises `ConfigError`, `StoreError`."""
+    from hpckv.schema import read_yaml
+    from hpckv.store.root import StoreRoot
+
+    names = list(given or ()) or list(filter(None, [os.environ.get("HPCKV_STORE")]))
+    if not names and not runs and site:
+        defaults = read_yaml(Path(site)).get("defaults") or {}
+        section = defaults.get("store") if isinstance(defaults, dict) else None
+        shared = section.get("shared") if isinstance(section, dict) else None
+        names = [str(shared)] if shared else []
+    if not names and not runs:
+        raise ConfigError(
+            "whose ledger? give --store or --run, set HPCKV_STORE, or store.shared in the site file's defaults"
+        )
+    for run in runs or ():
+        if not Path(run).is_dir():
+            raise ConfigError(f"--run {run}: no such folder")
+    return [StoreRoot.open(Path(name)).layout.root for name in names]
+
+
+def _roll_up(stores: Sequence[Path], *, as_json: bool) -> None:
+    from hpckv.store.root import StoreRoot
+    from hpckv.usage.rollup import closed_months, roll_up
+
+    months = [(root, month) for root in map(StoreRoot.open, stores) for month in closed_months(root)]
+    done: list[dict[str, Any]] = []
+    with progress("months", len(months)) as step:
+        for root, month in months:
+            count, oddities = roll_up(root, month)
+            store = str(root.layout.root)
+            done.append({"store": store, "month": month, "records": count, "oddities": len(oddities)})
+            for oddity in oddities:
+                _log.warning("%s: %s", oddity.path, oddity.what)
+            step()
+    if as_json:
+        typer.echo(json.dumps(done))
+        return
+    for line in done:
+        typer.echo(f"{line['store']} {line['month']}: {line['records']:,} records, {line['oddities']} oddities")
+    if not done:
+        typer.echo("no month is over")
+
+
+def _columns(text: str, group: str) -> list[tuple[Any, int | None]]:
+    """Of -o: columns and their widths; empty if none were asked for."""
+    from hpckv.usage.columns import GROUPS
+    from hpckv.usage.query import columns_of
+
+    if group not in GROUPS:
+        raise ConfigError(f"--group-by {group}: expected one of {', '.join(GROUPS)}")
+
+    found = []
+    for field in filter(None, text.split(",")):
+        matched = _FIELD.fullmatch(field.strip())
+        name, width = (matched["name"], matched["width"]) if matched else (field, None)
+        try:
+            found.append((columns_of([name], group)[0], int(width) if width else None))
+        except KeyError:
+            raise ConfigError(f"-o {field.strip()}: no such column; hpckv acct -e lists them") from None
+    return found
+
+
+def _uids(users: str | None) -> list[int]:
+    import pwd
+
+    if users is None:
+        return [os.getuid()]
+    found = []
+    for name in _list(users):
+        try:
+            found.append(int(name) if name.isdecimal() else pwd.getpwnam(name).pw_uid)
+        except KeyError:
+            raise ConfigError(f"-u {name}: no such user") from None
+    return found
+
+
+def _list(text: str | None) -> list[str]:
+    return [part.strip() for part in (text or "").split(",") if part.strip()]

@@ -1,0 +1,154 @@
+"""Questions about the ledger: which records, grouped how, which columns - and the answer as plain numbers."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+from typing import Any
+
+import numpy as np
+
+from hpckv.usage.columns import COLUMNS, GROUPS, JOB, OF_WRITERS, WRITER_COLUMNS, Column, derived
+from hpckv.usage.gather import Gathered
+from hpckv.usage.points import PointsConfig
+from hpckv.usage.table import COLUMNS as TABLE
+from hpckv.usage.table import connect
+
+
+@dataclass(frozen=True)
+class Question:
+    """What is asked; empty lists ask for everything."""
+
+    start: float
+    end: float
+    """Records whose interval ended in [start, end), seconds since 1970."""
+    group: str = "job"
+    """One of `columns.GROUPS`."""
+    columns: Sequence[Column] = ()
+    uids: Sequence[int] | None = None
+    """None is everybody."""
+    accounts: Sequence[str] = ()
+    jobs: Sequence[str] = ()
+    """As 7, of an array with all its tasks, or 7_3."""
+    partitions: Sequence[str] = ()
+    models: Sequence[str] = ()
+    projects: Sequence[str] = ()
+
+
+@dataclass(frozen=True)
+class Answer:
+    """Rows in order of time, largest hits first where they are not jobs or days; every value a text, a number or None."""
+
+    columns: Sequence[Column]
+    rows: list[list[Any]]
+    total: list[Any]
+    unpriced: int = 0
+    """Records that no price of the site file fits."""
+
+
+class Accounts:
+    """A ledger, ready to be asked."""
+
+    def __init__(self, found: Gathered, points: PointsConfig, name_of: Callable[[int], str]) -> None:
+        """`name_of` is the system's list of users: what a ledger says about that is not believed."""
+        self._con, self._points, self._name_of = connect(found), points, name_of
+        self._con.execute("CREATE TABLE names (uid BIGINT, name VARCHAR)")
+        self._con.execute("CREATE TABLE days (start DOUBLE, day VARCHAR)")
+
+    def ask(self, question: Question) -> Answer:
+        """The rows and their total."""
+        columns = question.columns or columns_of(GROUPS[question.group][1], question.group)
+        grouping = GROUPS[question.group][0]
+        wanted = ", ".join(column.sql for column in columns)
+        order = "min(t0)" if question.group in ("job", "day") else "sum(hit_tokens) DESC"
+        source = f"({OF_WRITERS})" if question.group == "writer" else "rows"
+        self._select(question, f"{wanted} {grouping} {order} {source}")
+        rows = self._rows(f"SELECT {wanted} FROM {source} GROUP BY {grouping} ORDER BY {order}, {grouping}")
+        (total,) = self._rows(f"SELECT {wanted} FROM {source}")
+        ((unpriced,),) = self._rows("SELECT count(*) FROM rows WHERE price IS NULL") if self._points.prices else [[0]]
+        is_summed = [column.kind not in ("text", "time") for column in columns]
+        return Answer(
+            columns, rows, [v if summed else "" for v, summed in zip(total, is_summed, strict=True)], unpriced
+        )
+
+    def _rows(self, sql: str) -> list[list[Any]]:
+        return [[_plain(value) for value in row] for row in self._con.execute(sql).fetchall()]
+
+    def _select(self, question: Question, asked: str) -> None:
+        """The table `rows`: the records that are asked about, with what the SQL `asked` needs."""
+        price, values = self._points.price_sql
+        where, given = _conditions(question)
+        fields = [
+            name
+            for name in TABLE
+            if re.search(rf"\b{name}\b", f"{asked} {derived(self._points.cache, asked)} uid t0 t1")
+        ]
+        self._con.execute(
+            f"CREATE OR REPLACE TEMP TABLE priced AS SELECT {', '.join(fields)}, {price} AS price FROM records WHERE {where}",
+            [*values, *given],
+        )
+        self._learn_names(with_writers="writer_name" in asked)
+        self._learn_days()
+        self._con.execute(f"CREATE OR REPLACE TEMP VIEW rows AS {derived(self._points.cache, asked)}")
+
+    def _learn_names(self, *, with_writers: bool) -> None:
+        uids = {uid for (uid,) in self._con.execute("SELECT DISTINCT uid FROM priced").fetchall()}
+        if with_writers:
+            keys = self._con.execute(
+                "SELECT DISTINCT unnest(json_keys(by_writer)) FROM priced WHERE by_writer <> '{}'"
+            ).fetchall()
+            uids |= {int(key) for (key,) in keys if key.isdecimal()}
+        self._con.execute("DELETE FROM names")
+        for uid in sorted(uids):
+            self._con.execute("INSERT INTO names VALUES (?, ?)", [uid, self._name_of(uid)])
+
+    def _learn_days(self) -> None:
+        self._con.execute("DELETE FROM days")
+        ((first, last),) = self._con.execute("SELECT min(t1), max(t1) FROM priced").fetchall()
+        if first is not None:
+            days = list(_days(first, last))
+            starts = {
+                "start": np.array([day.timestamp() for day in days]),
+                "day": np.array([f"{d:%F}" for d in days], object),
+            }
+            self._con.register("starts", starts)
+            self._con.execute("INSERT INTO days SELECT start, day FROM starts")
+            self._con.unregister("starts")
+
+
+def columns_of(names: Sequence[str], group: str) -> list[Column]:
+    """By their names, in any case; raises `KeyError` with the wrong one."""
+    known = WRITER_COLUMNS if group == "writer" else COLUMNS
+    return [known[name.lower()] for name in names]
+
+
+def _days(first: float, last: float) -> Iterator[datetime]:
+    """Local midnights, from the one before `first` to the one before `last`."""
+    day = datetime.fromtimestamp(first).replace(hour=0, minute=0, second=0, microsecond=0)
+    while day.timestamp() <= last:
+        yield day
+        day = (day + timedelta(hours=36)).replace(hour=0)  # not all days have 24 hours
+
+
+def _conditions(question: Question) -> tuple[str, list[Any]]:
+    parts: list[str] = ["t1 >= ? AND t1 < ?"]
+    values: list[Any] = [question.start, question.end]
+    if question.uids is not None:
+        parts.append("list_contains(?::BIGINT[], uid)")
+        values.append(list(question.uids))
+    for name in ("account", "partition", "model", "project"):
+        if wanted := getattr(question, f"{name}s"):
+            parts.append(f"list_contains(?::VARCHAR[], {name})")
+            values.append(list(wanted))
+    if question.jobs:
+        jobs = f"list_contains(?::VARCHAR[], {JOB}) OR list_contains(?::VARCHAR[], job) OR list_contains(?::VARCHAR[], array_job)"
+        parts.append(f"coalesce({jobs}, FALSE)")
+        values += [list(question.jobs)] * 3
+    return " AND ".join(parts), values
+
+
+def _plain(value: Any) -> Any:
+    return None if isinstance(value, float) and not math.isfinite(value) else value
