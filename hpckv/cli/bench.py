@@ -36,17 +36,21 @@ def parallel(
 
     Example: mpiexec -n 4 hpckv bench parallel models/llama-3.1-8b --tp 2 --pp 2
     """
-    from hpckv.comm import ParallelConfig
+    from hpckv.comm import ParallelConfig, World
     from hpckv.workload.together import together
 
     config = ParallelConfig(tp=tp, pp=pp, micro_batches=micro_batches)
-    with together(config) as world:
+
+    def work(world: World) -> int:
         from hpckv.engine.parallel_bench import Load, measure
         from hpckv.model import ModelSettings
 
         found = measure(ModelSettings(path=model), config, Load(prompts, prompt_tokens, output_tokens), world)
-    if found:
-        typer.echo(json.dumps(found)) if as_json else _print_parallel(found)
+        if found:
+            typer.echo(json.dumps(found)) if as_json else _print_parallel(found)
+        return 0
+
+    raise typer.Exit(together(config, work))
 
 
 def _print_parallel(found: dict[str, Any]) -> None:

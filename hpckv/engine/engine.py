@@ -17,6 +17,8 @@ from hpckv.comm import ParallelConfig, World
 from hpckv.engine.audit import StepAudit
 from hpckv.engine.config import EngineConfig
 from hpckv.engine.executor import Coordinator, Executor, Flight, LocalExecutor
+from hpckv.engine.limits import Limits
+from hpckv.engine.metering import EngineMeter
 from hpckv.engine.rank import Rank
 from hpckv.engine.request import Answer, Request, RequestState, RunningSequence, SamplingParams, seed_of
 from hpckv.engine.runner import Runner
@@ -24,11 +26,12 @@ from hpckv.engine.sampler import Sampled
 from hpckv.engine.scheduler import Scheduler, StepPlan
 from hpckv.engine.sizing import PagePlan
 from hpckv.engine.step import StepTimes
-from hpckv.errors import CapabilityError, CapacityError, ConfigError
+from hpckv.engine.stopping import Stopping
+from hpckv.errors import CapabilityError, ConfigError
 from hpckv.kvcache import CacheConfig, CacheManager
 from hpckv.kvcache.load_policy import LoadPolicy
 from hpckv.model import ModelSettings
-from hpckv.model.tokenizer import TextStream, Tokenizer
+from hpckv.model.tokenizer import Tokenizer
 from hpckv.store import ROOT_KEY, StoreConfig, block_key, prefix_keys
 from hpckv.store.audit import Auditor
 
@@ -67,11 +70,12 @@ class Engine:
         engine: EngineConfig | None = None,
         parallel: ParallelConfig | None = None,
         world: World | None = None,
+        run_directory: Path | None = None,
     ) -> None:
         """Check model, machine and store; the weights are loaded on first use or by `load()`.
 
-        `store` is a folder or a whole `StoreConfig`. In a `world` of several ranks this is rank 0 of its replica, and the
-        others `serve`. Raises `ModelError`, `CapabilityError`, `StoreError`.
+        `store` is a folder or a whole `StoreConfig`. `run_directory` names the run in the ledger. In a `world` of several ranks
+        this is rank 0 of its replica, and the others `serve`. Raises `ModelError`, `CapabilityError`, `StoreError`.
         """
         settings = model if isinstance(model, ModelSettings) else ModelSettings(path=str(model))
         if store is not None and not isinstance(store, StoreConfig):
@@ -92,10 +96,10 @@ class Engine:
         self.times = StepTimes()
         self.load_policy = LoadPolicy()
         self._states: dict[str, RequestState] = {}
-        self._streams: dict[RunningSequence, TextStream] = {}
         self._flights: deque[Flight] = deque()
         self._loaded: _Loaded | None = None
         self._is_closed = False
+        self._meter = EngineMeter(self, run_directory)
 
     def load(self, max_tokens_in_use: int | None = None) -> None:
         """Load the weights and take the pages; done on first use if not called. Raises `ModelError`.
@@ -125,6 +129,7 @@ class Engine:
         auditor, pool = self._auditor, self.rank.pool
         audit = StepAudit(auditor, self.store, pool, scheduler) if self.store and auditor and pool else None
         self._loaded = _Loaded(executor, cache, scheduler, audit)
+        self._meter.start()
 
     @property
     def _auditor(self) -> Auditor | None:
@@ -163,6 +168,10 @@ class Engine:
         return self._loaded.scheduler
 
     @cached_property
+    def _stopping(self) -> Stopping:
+        return Stopping(self.model_config, self.tokenizer)
+
+    @cached_property
     def tokenizer(self) -> Tokenizer | None:
         """The model's tokenizer, or None if its folder has none (prompts of token ids still work)."""
         folder = Path(self.settings.path)
@@ -183,25 +192,20 @@ class Engine:
         """Keys of a prompt's full blocks."""
         return prefix_keys(self._epoch_key, self._identity, prompt_ids, self.cache_config.block_tokens)
 
-    def check(self, request: Request) -> None:
-        """Raise `CapacityError` if the request can never be answered by this engine."""
-        length, context = len(request.prompt_ids), self.model_config.max_positions
-        if length == 0:
-            raise CapacityError("the prompt is empty")
-        if length >= context:
-            raise CapacityError(f"the prompt has {length} tokens, the model's context is {context}")
-        if not all(0 <= i < self.model_config.vocab_size for i in request.prompt_ids):
-            raise CapacityError(f"a token id is outside the vocabulary of {self.model_config.vocab_size}")
-        if request.params.stop and self.tokenizer is None:
-            raise CapacityError("stop strings need the model's tokenizer.json")
-        most = min(context, length + request.params.max_tokens)
+    @cached_property
+    def limits(self) -> Limits:
+        """What requests may be; settled before the weights are loaded."""
         held = self.pages.num_usable * self.cache_config.block_tokens
-        if most > held:
-            raise CapacityError(f"{most} tokens of prompt and answer do not fit the {held} of cache.device_memory")
+        return Limits(
+            self.model_config.max_positions,
+            self.model_config.vocab_size,
+            held,
+            has_tokenizer=self.tokenizer is not None,
+        )
 
     def add(self, request: Request) -> None:
         """Queue a request; raises `CapacityError` if it can never be answered, `ConfigError` for an id in use."""
-        self.check(request)
+        self.limits.check(request)
         if request.request_id in self._states:
             raise ConfigError(f"request id {request.request_id!r} is already queued")
         keys = list(request.keys) if request.keys is not None else self.keys_of(request.prompt_ids)
@@ -231,7 +235,7 @@ class Engine:
         start, waited = time.perf_counter(), self.times.load_s
         audit, executor = self._loaded.audit, self._loaded.executor
         for seq in audit.restart_if_needed(self._states.values()) if audit else ():
-            self._streams.pop(seq, None)
+            self._stopping.forget(seq)
         while len(self._flights) < executor.num_in_flight:
             executor.note_loads()
             plan = self.scheduler.next_step()
@@ -261,10 +265,9 @@ class Engine:
                 raise CapabilityError(text) from None
             raise
         taken = time.perf_counter() - begun
-        self.times.forward_s += taken
-        prompt_tokens = sum(chunk.num_tokens for chunk in plan.chunks if chunk.num_tokens > 1)
-        if prompt_tokens >= plan.num_tokens / 2:
-            self.load_policy.note_prefill(prompt_tokens, taken)
+        self.times.note_forward(plan, taken)
+        if plan.num_prompt_tokens >= plan.num_tokens / 2:
+            self.load_policy.note_prefill(plan.num_prompt_tokens, taken)
         return flight
 
     def _land(self, flight: Flight) -> list[Answer]:
@@ -276,7 +279,7 @@ class Engine:
         if self._loaded and self._loaded.audit:
             self._loaded.audit.note_step(flight.plan)
         answers = self._append_sampled(flight.plan, sampled)
-        self.times.forward_s += landed - begun
+        self.times.note_forward(flight.plan, landed - begun)
         self.times.sample_s += time.perf_counter() - landed
         return answers
 
@@ -288,7 +291,7 @@ class Engine:
         order = sorted(range(len(ids)), key=lambda n: ids[n])
         requests = [Request(str(number), ids[number], params, place) for place, number in enumerate(order)]
         for request in requests:
-            self.check(request)
+            self.limits.check(request)
         try:
             for request in requests:
                 self.add(request)
@@ -299,6 +302,18 @@ class Engine:
                 yield ready.pop(str(number))
         finally:  # the caller may have stopped early
             self.abort_all()
+
+    @property
+    def unstarted(self) -> list[str]:
+        """Ids of requests of which nothing has been computed, in the plan's order."""
+        waiting = set(self._loaded.scheduler.unstarted) if self._loaded else set()
+        states = [state for state in self._states.values() if waiting.issuperset(state.sequences)]
+        return [state.request.request_id for state in sorted(states, key=lambda state: state.request.order)]
+
+    def withdraw(self, request_ids: Iterable[str]) -> None:
+        """Forget requests that are `unstarted`."""
+        for name in request_ids:
+            self.scheduler.remove(self._states.pop(name).sequences)
 
     def abort_all(self) -> None:
         """Forget every unfinished request; their complete blocks stay in cache and store."""
@@ -312,7 +327,7 @@ class Engine:
         for seq in list(self.scheduler.running):
             self.scheduler.finish(seq)
         self._states.clear()
-        self._streams.clear()
+        self._stopping.clear()
 
     def close(self) -> None:
         """Seal what the store still holds open; idempotent. In a world of several ranks the others end too."""
@@ -326,6 +341,7 @@ class Engine:
             elif not self.rank.world.is_single:
                 self.rank.load(0)
         self.rank.close()
+        self._meter.close()
 
     def __enter__(self) -> Engine:
         return self
@@ -347,7 +363,7 @@ class Engine:
             seq.tokens.append(found.token)
             if found.logprob is not None:
                 seq.logprobs.append(found.logprob)
-            self._check_stop(seq, found.token)
+            self._stopping.check(seq, found.token)
         return self._collect([chunk.seq for chunk in plan.chunks])
 
     def _fail(self, seq: RunningSequence, reason: str) -> None:
@@ -355,7 +371,7 @@ class Engine:
         state.error = state.error or reason
         for sibling in state.sequences:
             sibling.finish_reason = sibling.finish_reason or "error"
-            self._streams.pop(sibling, None)
+            self._stopping.forget(sibling)
 
     def _collect(self, sequences: Sequence[RunningSequence]) -> list[Answer]:
         """Take finished sequences out; the answers that are complete by that."""
@@ -370,25 +386,8 @@ class Engine:
         self.scheduler.remove([s for s in dict.fromkeys(finished + siblings) if not self.scheduler.is_in_flight(s)])
         names = dict.fromkeys(seq.request.request_id for seq in finished)
         complete = [name for name in names if name in self._states and self._states[name].is_finished]
-        return [self._states.pop(name).answer() for name in complete]
-
-    def _check_stop(self, seq: RunningSequence, token: int) -> None:
-        params = seq.params
-        ends = () if params.ignore_eos else self.model_config.eos_token_ids
-        if token in ends or token in params.stop_token_ids:
-            seq.finish_reason = "stop"
-        elif seq.num_output_tokens >= params.max_tokens or len(seq.tokens) >= self.model_config.max_positions:
-            seq.finish_reason = "length"
-        if self.tokenizer is None or not (params.stop or seq.finish_reason):
-            return
-        if not params.stop:  # nothing to look for on the way: decode once, at the end
-            seq.text = self.tokenizer.decode(seq.output_ids)
-            return
-        stream = self._streams.setdefault(seq, TextStream(self.tokenizer))
-        seq.text = stream.text(seq.output_ids)
-        found = [at for stop in params.stop if (at := seq.text.find(stop)) >= 0]
-        if found:
-            seq.text = seq.text[: min(found)]
-            seq.finish_reason = "stop"
-        if seq.finish_reason:
-            del self._streams[seq]
+        states = [self._states.pop(name) for name in complete]
+        answers = [state.answer() for state in states]
+        for state, answer in zip(states, answers, strict=True):
+            self._meter.count(answer, state.sequences[0].by_writer)
+        return answers

@@ -15,7 +15,7 @@ from hpckv.comm.group import Pending, Watch
 from hpckv.engine.rank import Rank
 from hpckv.engine.sampler import Sampled
 from hpckv.engine.scheduler import StepPlan
-from hpckv.engine.station import TOKENS_TAG, Results, Station, Times, Vote, results_shape, unpack_results
+from hpckv.engine.station import LOAD_POLL_S, TOKENS_TAG, Results, Station, Times, Vote, results_shape, unpack_results
 from hpckv.engine.step import RankChunk, rank_chunks
 from hpckv.engine.step_message import (
     FIRST_INTS,
@@ -34,8 +34,6 @@ from hpckv.kvcache.kv_pool import StoreConnector
 from hpckv.kvcache.load_policy import LoadPolicy
 from hpckv.store import TieredStore
 from hpckv.store.fetch import Fetch, Job, Loaded
-
-_LOAD_POLL_S = 0.05
 
 
 class Flight(ABC):
@@ -98,10 +96,8 @@ class LocalExecutor(Executor):
         pass
 
     def wait_for_blocks(self, fetch: Fetch | None) -> None:
-        if fetch is not None and not fetch.is_done:
-            fetch.arrival.clear()
-            if not fetch.is_done:
-                fetch.arrival.wait(min(_LOAD_POLL_S, fetch.seconds_left + 0.001))
+        if fetch is not None:
+            fetch.wait(LOAD_POLL_S)
 
     def finish(self) -> None:
         pass
@@ -121,7 +117,7 @@ class AgreedFetch(Fetch):
         """All ranks have `count` blocks; from number `first_bridged` on some rank has a converted one."""
         self._own = own
         self._agreed = [
-            Loaded(loaded.tier, loaded.payload, loaded.is_bridged or n >= first_bridged)
+            loaded._replace(is_bridged=loaded.is_bridged or n >= first_bridged)
             for n, loaded in enumerate(own.loaded[:count])
         ]
 

@@ -15,19 +15,21 @@ import numpy as np
 import torch
 
 from hpckv.attention import make_backend
-from hpckv.comm import Collectives, GroupCollectives, ParallelConfig, SingleRank, World
+from hpckv.comm import ParallelConfig, World
 from hpckv.comm.parallel_dims import balanced_stages
+from hpckv.comm.transport import make_transport
 from hpckv.device import Capability, choose_dtype, probe
 from hpckv.device.capability import DTYPES
 from hpckv.device.host_memory import keep_freed_memory
 from hpckv.engine.config import EngineConfig
 from hpckv.engine.runner import Runner
 from hpckv.engine.sizing import PagePlan, build_namespace, digest_weights, plan_pages
-from hpckv.errors import CapabilityError, ModelError
+from hpckv.errors import CapabilityError
 from hpckv.kvcache import CacheConfig
 from hpckv.kvcache.kv_pool import KVPool
 from hpckv.model import ModelConfig, ModelSettings, read_config
 from hpckv.model.decoder import Decoder
+from hpckv.model.stage import stage_model
 from hpckv.store import StoreConfig, TieredStore, open_store
 
 _DIGEST_BYTES = 64
@@ -51,13 +53,16 @@ class Rank:
     ) -> None:
         """Check model, machine and store; the weights come with `load`. Raises `ModelError`, `CapabilityError`, `StoreError`."""
         self.settings, self.cache_config, self.config, self.parallel = settings, cache, engine, parallel
-        self.folder = Path(settings.path)
+        self.folder = stage_model(Path(settings.path)) if settings.stage else Path(settings.path)
         self.model_config: ModelConfig = read_config(self.folder)
         self.capability: Capability = probe(settings.device)
         self.dtype_name = choose_dtype(settings.dtype, self.model_config.stored_dtype, self.capability)
         self._refuse_what_is_not_here()
         is_cuda = self.capability.kind == "cuda"
-        self.device = torch.device("cuda", world.local_rank) if is_cuda else torch.device("cpu")
+        # A task may see all GPUs of its node, or only its own.
+        self.device = (
+            torch.device("cuda", world.local_rank % torch.cuda.device_count()) if is_cuda else torch.device("cpu")
+        )
         if not is_cuda and world.num_local > 1:
             torch.set_num_threads(max(1, torch.get_num_threads() // world.num_local))
         self.world = world
@@ -69,9 +74,11 @@ class Rank:
             self.model_config, self.folder, cache, self.capability, self.dtype_name, self.dims, world.num_local
         )
         self.store: TieredStore | None = None
+        self.store_config = store
         self.weights_digest: str | None = None
         if store is not None:
             self._open_store(store)
+        self.transport = make_transport(World.single(), parallel, self.device, is_strict=False)
         self.pool: KVPool | None = None
         self._runner: Runner | None = None
 
@@ -94,6 +101,8 @@ class Rank:
             shares_prefixes=self.config.share_prefix_attention,
             kept_tail_tokens=self._kept_tail_tokens,
         )
+        is_strict = self.config.numerics == "strict"
+        self.transport = make_transport(self.world, self.parallel, self.device, is_strict=is_strict)
         buffers = self.store.buffers if self.store else None
         self.pool = KVPool(
             self.pages.geometry, num_pages=self.pages.num_pages, dtype=dtype, device=self.device, buffers=buffers
@@ -107,7 +116,7 @@ class Rank:
             dtype=dtype,
             device=self.device,
             dims=self.dims,
-            collectives=self._collectives(),
+            collectives=self.transport.collectives,
         )
         self._runner = Runner(decoder, self.pool, numerics=self.config.numerics)
         self._least(0, "the other ranks to read their weights")
@@ -130,11 +139,6 @@ class Rank:
         """Seal what the store still holds open; idempotent."""
         if self.store:
             self.store.close()
-
-    def _collectives(self) -> Collectives:
-        if self.dims.tp == 1:
-            return SingleRank()
-        return GroupCollectives(self.world.tensor, self.world.watch, has_fixed_order=self.config.numerics == "strict")
 
     def _least(self, value: int, what: str) -> int:
         """The least of all ranks' numbers; none goes on before all are here."""
@@ -206,6 +210,4 @@ def head_cost(model: ModelConfig, dtype: torch.dtype, device: torch.device, tp: 
             times.append(time.perf_counter() - begun)
         return statistics.median(times)
 
-    if model.num_layers < 1:
-        raise ModelError("the model has no layers")
     return seconds(model.vocab_size) / seconds(per_layer)

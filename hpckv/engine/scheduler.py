@@ -50,14 +50,17 @@ class StepPlan:
     """One forward's work, in row order."""
 
     chunks: list[ScheduledChunk] = field(default_factory=list)
-
     num_tokens: int = 0
+    num_prompt_tokens: int = 0
+    """Of chunks of more than one."""
     left: list[RunningSequence] = field(default_factory=list)
     """Sequences that stopped running since the plan before: finished, or preempted."""
 
     def add(self, chunk: ScheduledChunk) -> None:
         self.chunks.append(chunk)
         self.num_tokens += chunk.num_tokens
+        if chunk.num_tokens > 1:
+            self.num_prompt_tokens += chunk.num_tokens
 
 
 @dataclass
@@ -115,6 +118,12 @@ class Scheduler:
     def loading(self) -> list[RunningSequence]:
         """Sequences whose stored blocks are on their way."""
         return list(self._loading)
+
+    @property
+    def unstarted(self) -> list[RunningSequence]:
+        """Sequences that have never run and whose blocks nobody fetches."""
+        waiting = [seq for *_, seq in self._waiting] + [seq for held in self._held.values() for seq in held]
+        return [seq for seq in waiting if not seq.was_admitted]
 
     def add(self, seq: RunningSequence) -> None:
         seq.arrival = seq.arrival or next(self._arrivals)

@@ -13,7 +13,7 @@ from hpckv.errors import AccessError, CapabilityError
 from hpckv.kvcache import CacheConfig
 from hpckv.kvcache.page_pool import NUM_RESERVED
 from hpckv.model import ModelConfig
-from hpckv.model.weights import weight_files
+from hpckv.model.files import weight_files
 from hpckv.quantity import ByteSize, format_bytes
 from hpckv.store import BlockGeometry, Identity, Namespace, weights_digest
 from hpckv.store.identity import default_memory
@@ -30,6 +30,8 @@ class PagePlan:
     num_pages: int
     owned: BlockGeometry
     """The part of a block that this rank writes to a store."""
+    whole: BlockGeometry
+    """Blocks as all ranks together hold them."""
 
     @property
     def num_usable(self) -> int:
@@ -88,7 +90,7 @@ def plan_pages(
             f"the model does not fit: {model.num_parameters / 1e6:,.0f} M parameters in {dtype} need {format_bytes(weights)}, "
             f"{format_bytes(free)} of memory are free, and pages of {format_bytes(geometry.block_bytes)} come on top"
         )
-    return PagePlan(geometry, num_pages, owned)
+    return PagePlan(geometry, num_pages, owned, whole)
 
 
 def build_namespace(

@@ -9,14 +9,13 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
-from hpckv.comm.collectives import as_bytes
 from hpckv.comm.group import Pending
 from hpckv.engine.rank import Rank
 from hpckv.engine.request import TokenLogprob
@@ -26,8 +25,8 @@ from hpckv.engine.step_message import EndFetch, Offload, Operation, Place, Start
 from hpckv.store.fetch import Fetch
 from hpckv.store.segment import StoredBlock
 
-STREAM_TAG, TOKENS_TAG = 1, 2
-_LOAD_POLL_S = 0.05
+TOKENS_TAG = 2
+LOAD_POLL_S = 0.05
 _NEVER = np.iinfo(np.int32).max
 
 Results = npt.NDArray[np.float64]
@@ -64,6 +63,7 @@ class Station:
         self.rank, self.world = rank, rank.world
         self.times = Times()
         self._runner, self._votes = rank.runner, rank.world.group.split(0)
+        self._link = rank.transport.stream
         self.fetches: dict[int, Fetch] = {}
         self._sends: deque[Pending] = deque()
         dims = self.world.dims
@@ -84,22 +84,18 @@ class Station:
         sampled = self._compute(message, stream) if message.chunks else None
         return sampled, vote
 
-    def _expect_stream(self, chunks: Sequence[RankChunk]) -> tuple[torch.Tensor, Pending] | None:
-        """Posted before anything is sent, so that two stages never wait for each other to receive."""
+    def _expect_stream(self, chunks: Sequence[RankChunk]) -> Callable[[], torch.Tensor] | None:
         if not chunks or self.world.dims.is_first_stage:
             return None
         size = sum(chunk.num_tokens for chunk in chunks), self.rank.model_config.hidden_size
-        x_TD = torch.empty(size, dtype=self._runner.decoder.dtype)
-        return x_TD, self.world.group.receive(as_bytes(x_TD), self._before, STREAM_TAG)
+        return self._link.expect(size, self._runner.decoder.dtype, self._before)
 
-    def _compute(self, message: StepMessage, stream: tuple[torch.Tensor, Pending] | None) -> list[Sampled] | None:
+    def _compute(self, message: StepMessage, stream: Callable[[], torch.Tensor] | None) -> list[Sampled] | None:
         watch, dims, x_TD = self.world.watch, self.world.dims, None
         if stream is not None:
             begun = time.perf_counter()
-            x_TD, pending = stream
-            watch.wait(pending, f"the stream of stage {dims.pp_rank - 1}")
+            x_TD = stream()
             self.times.stage_s += time.perf_counter() - begun
-            x_TD = x_TD.to(self.rank.device)
         begun, waited = time.perf_counter(), watch.waited_s
         x_TD = self._runner.forward(message.chunks, x_TD)
         sampled = None
@@ -108,7 +104,7 @@ class Station:
             if dims.tp_rank == 0 and dims.pp > 1:
                 self._sends.append(self.world.group.send(pack_results(message.chunks, sampled), 0, TOKENS_TAG))
         else:
-            self._sends.append(self.world.group.send(as_bytes(x_TD.cpu().contiguous()), self._behind, STREAM_TAG))
+            self._sends.append(self._link.send(x_TD, self._behind))
         self.times.compute_s += time.perf_counter() - begun
         self.times.tensor_s += watch.waited_s - waited
         self.times.steps += 1
@@ -134,9 +130,7 @@ class Station:
             case StartFetch(number, keys, parent):
                 self.fetches[number] = store.fetch(keys, parent)
             case Place(number, first, pages):
-                blocks = self.fetches[number].loaded[first : first + len(pages)]
-                for loaded, page in zip(blocks, pages, strict=True):
-                    pool.write_block(page, loaded.payload)
+                pool.write_blocks(pages, self.fetches[number].loaded[first : first + len(pages)])
             case EndFetch(number):
                 self.fetches.pop(number).is_over = True
 
@@ -144,9 +138,7 @@ class Station:
         """There is nothing to compute until stored blocks come: give them a moment."""
         waiting = next((fetch for fetch in self.fetches.values() if not fetch.is_done), None)
         if waiting is not None:
-            waiting.arrival.clear()
-            if not waiting.is_done:
-                waiting.arrival.wait(min(_LOAD_POLL_S, waiting.seconds_left + 0.001))
+            waiting.wait(LOAD_POLL_S)
 
     def _vote(self) -> Vote | None:
         if not self.fetches:

@@ -69,6 +69,13 @@ class StepTimes:
 
     schedule_s: float = 0.0
     forward_s: float = 0.0
+    prefill_s: float = 0.0
+    """Of these: for prompts, as far as they are of a step's tokens."""
     sample_s: float = 0.0
     load_s: float = 0.0
     """Waiting for stored blocks with nothing to compute meanwhile."""
+
+    def note_forward(self, plan: StepPlan, seconds: float) -> None:
+        """A step's forward, or a part of it."""
+        self.forward_s += seconds
+        self.prefill_s += seconds * plan.num_prompt_tokens / max(1, plan.num_tokens)

@@ -148,15 +148,19 @@ class CacheManager:
         seq.admission = self._num_admissions
         seq.pages = found + self._allocate(needed)
         seq.num_registered = matched
-        tiers = ["device"] * matched + self._onboard(seq, stored)
-        seq.num_computed = min(len(tiers) * size, len(seq.tokens) - 1)
+        self._onboard(seq, stored)
+        seq.num_computed = min((matched + len(stored)) * size, len(seq.tokens) - 1)
         if seq.cached is None:
-            self._count_first_match(seq, tiers)
+            self._count_first_match(seq, matched, stored)
         if self._reuse:
             for key in seq.keys[seq.num_registered :]:
                 self._computing.setdefault(key, seq)
         self._end_fetch(seq)
         return Admission.ADMITTED
+
+    def num_on_device(self, keys: Sequence[bytes]) -> int:
+        """How many leading blocks are in pages."""
+        return len(self._on_device(keys))
 
     def _on_device(self, keys: Sequence[bytes]) -> list[int]:
         """Pages of the leading blocks."""
@@ -219,32 +223,34 @@ class CacheManager:
         arrived, self._arrived = self._arrived, []
         return arrived
 
-    def _count_first_match(self, seq: CachedSequence, tiers: Sequence[str]) -> None:
+    def _count_first_match(self, seq: CachedSequence, on_device: int, stored: Sequence[Loaded]) -> None:
         size = self.block_tokens
-        seq.cached = Counter()
-        for number, tier in enumerate(tiers):
-            seq.cached[tier] += min(size, seq.num_computed - number * size)
+        seq.cached = Counter(device=min(on_device * size, seq.num_computed))
+        for number, loaded in enumerate(stored, on_device):
+            tokens = min(size, seq.num_computed - number * size)
+            seq.cached[loaded.tier] += tokens
+            if loaded.writer is not None:
+                seq.by_writer[loaded.writer] += tokens
         if self._writes == "planned":  # a second use is reason enough to keep a block
-            for number in range(tiers.count("device")):
+            for number in range(on_device):
                 self._offload(seq, number)
 
-    def _onboard(self, seq: CachedSequence, stored: Sequence[Loaded]) -> list[str]:
+    def _onboard(self, seq: CachedSequence, stored: Sequence[Loaded]) -> None:
         if not stored:
-            return []
+            return
         assert self._connector
         assert seq.fetch
         first = seq.num_registered
-        tiers = [loaded.tier for loaded in stored]
-        self._connector.place(seq.fetch, first - seq.fetch_first, seq.pages[first : first + len(stored)])
-        self.stats.onboarded.update(tiers)
-        for number in range(first, first + len(tiers)):
+        end = first + len(stored)
+        self._connector.place(seq.fetch, first - seq.fetch_first, seq.pages[first:end])
+        self.stats.onboarded.update(loaded.tier for loaded in stored)
+        for number in range(first, end):
             self.pool.register(seq.pages[number], seq.keys[number])
             self._offloaded.add(seq.keys[number])
         bridged = {seq.keys[first + n] for n, loaded in enumerate(stored) if loaded.is_bridged}
         self._foreign |= bridged
         self.stats.bridged += len(bridged)
-        seq.num_registered = first + len(tiers)
-        return tiers
+        seq.num_registered = end
 
     def grow(self, seq: CachedSequence, num_tokens: int) -> bool:
         """Make sure the sequence has pages for its first `num_tokens` tokens; False if there are none."""

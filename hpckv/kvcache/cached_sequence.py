@@ -28,6 +28,8 @@ class CachedSequence:
         """Leading blocks that are known to the pool under their key."""
         self.cached: Counter[str] | None = None
         """Tokens found at first admission, by tier."""
+        self.by_writer: Counter[int] = Counter()
+        """Those of them that were loaded from a store, by the uid of who had written them."""
         self.fetch: Fetch | None = None
         """Stored blocks on their way, from number `fetch_first` on."""
         self.fetch_first = 0

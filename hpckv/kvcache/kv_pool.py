@@ -17,7 +17,7 @@ from hpckv.kvcache.page_pool import NUM_RESERVED
 from hpckv.log import warn_once
 from hpckv.store import BlockGeometry, TieredStore
 from hpckv.store.direct_io import BufferPool
-from hpckv.store.fetch import Fetch
+from hpckv.store.fetch import Fetch, Loaded
 from hpckv.store.segment import StoredBlock
 
 _log = logging.getLogger(__name__)
@@ -63,6 +63,11 @@ class KVPool:
         block = data.view(g.num_kv_heads, g.num_layers, 2, g.block_tokens, g.head_dim)
         self._page(page).copy_(block.permute(1, 2, 3, 0, 4))
 
+    def write_blocks(self, pages: Sequence[int], blocks: Sequence[Loaded]) -> None:
+        """Copy loaded blocks into pages."""
+        for page, loaded in zip(pages, blocks, strict=True):
+            self.write_block(page, loaded.payload)
+
     def _page(self, page: int) -> torch.Tensor:
         size = self.geometry.block_tokens
         return self.tensor[:, :, page * size : (page + 1) * size]
@@ -84,8 +89,7 @@ class StoreConnector(Connector):
         return self._store.fetch(keys, parent)
 
     def place(self, fetch: Fetch, first: int, pages: Sequence[int]) -> None:
-        for loaded, page in zip(fetch.loaded[first : first + len(pages)], pages, strict=True):
-            self._pool.write_block(page, loaded.payload)
+        self._pool.write_blocks(pages, fetch.loaded[first : first + len(pages)])
         self.policy.note_load(len(fetch.loaded) * self._pool.geometry.block_bytes, fetch.seconds)
 
     def end(self, fetch: Fetch) -> None:

@@ -22,6 +22,7 @@ _SAMPLING_KEYS = {
 }  # fmt: skip
 _OTHER_KEYS = {
     "model", "messages", "prompt", "max_completion_tokens", "logprobs", "top_logprobs", "stream", "user", "metadata", "store",
+    "prompt_cache_key",
 }  # fmt: skip
 
 
@@ -37,6 +38,8 @@ class BatchLine:
     messages: list[dict[str, Any]] | None = None
     text: str | None = None
     token_ids: list[int] | None = None
+    session: str | None = None
+    """`prompt_cache_key`: lines that have the same one are sent to the same replica, where that costs nothing."""
 
     @property
     def prompt(self) -> list[dict[str, Any]] | str | list[int]:
@@ -134,7 +137,12 @@ def _parse(number: int, record: Mapping[str, Any], defaults: SamplingParams, unk
             unknown.setdefault(key, number)
     if body.get("stream"):
         raise InputError("stream is not possible in a batch")
-    line = BatchLine(number, custom_id, url, _sampling(body, url, defaults), str(body.get("model", "")))
+    session = body.get("prompt_cache_key")
+    if session is not None and not isinstance(session, str):
+        raise InputError("prompt_cache_key is no text")
+    line = BatchLine(
+        number, custom_id, url, _sampling(body, url, defaults), str(body.get("model", "")), session=session
+    )
     given = _messages(body) if url == CHAT_URL else _prompt(body)
     return BatchLine(**{**line.__dict__, **given})
 

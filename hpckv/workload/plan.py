@@ -7,7 +7,7 @@ not needed afterwards.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 
@@ -49,19 +49,26 @@ def plan_run(prompts: Sequence[PlannedPrompt], block_tokens: int) -> RunPlan:
     """Depth-first order and the least possible prefill of `prompts`."""
     # Sorted by tokens, every subtree of the prefix tree is one contiguous range.
     order = sorted(range(len(prompts)), key=lambda n: prompts[n].token_ids)
+    sizes = [(len(prompt.token_ids), prompt.keys) for prompt in prompts]
+    least, num_distinct = least_prefill([sizes[number] for number in order], block_tokens)
+    total = sum(length for length, _ in sizes)
+    return RunPlan(order, total, least, sum(len(keys) for _, keys in sizes), num_distinct)
+
+
+def least_prefill(sizes: Iterable[tuple[int, Sequence[bytes]]], block_tokens: int) -> tuple[int, int]:
+    """Tokens that must be computed at least, and distinct blocks, of prompts given as their tokens and keys of full blocks.
+
+    A prompt that begins another one comes before it, as in the plan's order, or in order of length.
+    """
     seen: set[bytes] = set()
-    least = total = num_blocks = 0
-    for number in order:
-        prompt = prompts[number]
-        length = len(prompt.token_ids)
-        fresh = [key for key in prompt.keys if key not in seen]
+    least = 0
+    for length, keys in sizes:
+        fresh = [key for key in keys if key not in seen]
         seen.update(fresh)
-        ragged = length - len(prompt.keys) * block_tokens
+        ragged = length - len(keys) * block_tokens
         # A prompt of whole blocks that are all known still computes its last token, for its logits.
         least += len(fresh) * block_tokens + (ragged or not fresh)
-        total += length
-        num_blocks += len(prompt.keys)
-    return RunPlan(order, total, least, num_blocks, len(seen))
+    return least, len(seen)
 
 
 def most_tokens_in_use(prompts: Sequence[PlannedPrompt], outputs: Sequence[int], block_tokens: int) -> int:

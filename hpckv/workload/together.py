@@ -6,7 +6,7 @@ import contextlib
 import logging
 import sys
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 from hpckv import log
@@ -14,10 +14,10 @@ from hpckv.comm import ParallelConfig, World, enter
 from hpckv.errors import HpckvError
 
 
-@contextlib.contextmanager
-def together(parallel: ParallelConfig, output: Path | None = None) -> Iterator[World]:
-    """The world of this run. An error on any rank is said once where it happened, and ends every rank with its exit code.
+def together(parallel: ParallelConfig, work: Callable[[World], int], output: Path | None = None) -> int:
+    """Do `work` on every rank and return its exit code.
 
+    An error on any rank is said once, where it happened, and ends every rank with its code.
     Ranks other than 0 write their logs into the run directory `output`.
     """
 
@@ -29,13 +29,15 @@ def together(parallel: ParallelConfig, output: Path | None = None) -> Iterator[W
     if output and rank:
         _log_to(rank_log(output, rank))
     try:
-        yield world
+        code = work(world)
     except BaseException as error:
-        if world.is_single:
+        if world.everyone.size == 1:
             raise
-        _say(error, rank)
-        world.give_up(error)
-    world.leave()
+        known = world.watch.named(error)
+        _say(known, rank)
+        world.give_up(known)
+    world.leave(code)
+    return code
 
 
 def rank_log(output: Path, rank: int) -> Path:

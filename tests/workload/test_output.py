@@ -6,6 +6,7 @@ import os
 import pytest
 
 from hpckv.errors import CannotWriteError
+from hpckv.store.durable import publish
 from hpckv.workload.output import OutputFile, RunLock
 
 
@@ -73,6 +74,47 @@ def test_a_full_disk_leaves_whole_lines_only(tmp_path, monkeypatch):
     monkeypatch.undo()
     assert ids(path) == ["a"]
     assert file.done == {"a"}
+
+
+@pytest.mark.parametrize("names", [[], ["a"], ["a", "b"]])
+def test_a_start_that_is_still_there_spoils_nothing_of_the_next_one(tmp_path, names, monkeypatch):
+    path = tmp_path / "output.jsonl"
+    zombie = OutputFile(path)
+    for name in names:
+        zombie.append(record(name))
+    file = OutputFile(path)
+    assert file.done == set(names)
+    with pytest.raises(CannotWriteError, match="another start of this run has taken over"):
+        zombie.append(record("b"))
+    monkeypatch.setattr(os, "fstat", lambda fd, real=os.fstat: _with_a_name(real(fd)))  # as an NFS client may see it
+    zombie.append(record("late"))
+    with pytest.raises(CannotWriteError, match="another start of this run has taken over"):
+        zombie.sync()
+    with pytest.raises(CannotWriteError, match="another start of this run has taken over"):
+        zombie.close()  # its last answers are not taken for kept ones
+    monkeypatch.undo()
+    file.append(record("c"))
+    assert ids(path) == [*names, "c"]
+
+
+def test_of_two_starts_at_the_same_moment_one_ends(tmp_path, monkeypatch):
+    path = tmp_path / "output.jsonl"
+    written(path, "a")
+
+    def publish_then_another(*given, **more):
+        own = publish(*given, **more)
+        publish(*given, **more)
+        return own
+
+    monkeypatch.setattr("hpckv.workload.output.publish", publish_then_another)
+    with pytest.raises(CannotWriteError, match="another start of this run has taken over"):
+        OutputFile(path)
+    assert ids(path) == ["a"]
+
+
+def _with_a_name(found):
+    """A file's status, whatever it is, of one that still has a name."""
+    return os.stat_result((*found[:3], 1, *found[4:10]))
 
 
 def test_a_run_directory_takes_one_process_at_a_time(tmp_path):

@@ -2,7 +2,7 @@
 
 import pytest
 
-from hpckv.errors import CapabilityError, ConfigError, MissingInputError
+from hpckv.errors import ConfigError, MissingInputError
 from hpckv.quantity import ByteSize
 from hpckv.workload.runfile import load_run
 
@@ -78,11 +78,6 @@ def test_flag_beats_environment_beats_file_beats_site(tmp_path):
     assert (config.output, config.input) == ("flag", "in.jsonl")
     assert config.store is not None
     assert config.store.shared == "/env"
-
-
-def test_what_this_version_cannot_do_is_said(tmp_path):
-    with pytest.raises(CapabilityError, match=r"parallel\.replicas: 2 is not in this version"):
-        load(tmp_path, MINIMAL + "parallel: {replicas: 2}")
 
 
 def test_a_wrong_set_flag_and_a_missing_file_are_said(tmp_path):

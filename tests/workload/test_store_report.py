@@ -6,7 +6,7 @@ from hpckv.engine.engine import Engine
 from hpckv.engine.request import SamplingParams
 from hpckv.kvcache import CacheConfig
 from hpckv.store import StoreConfig
-from hpckv.workload.store_report import describe_store
+from hpckv.workload.summary import describe_store, engine_record
 
 CACHE = CacheConfig(block_tokens=8, device_memory="1MiB")
 
@@ -20,7 +20,7 @@ def run(folder, store, *, prepare=lambda engine: None) -> str:
     prompts = [rng.choices(range(3, 120), k=64) for _ in range(3)]
     list(engine.generate(prompts, SamplingParams(max_tokens=2, ignore_eos=True)))
     engine.close()
-    return "\n".join(describe_store(engine))
+    return "\n".join(describe_store([engine_record(engine)]))
 
 
 def test_what_was_kept_loaded_recomputed_and_missed_is_said(checkpoint, tmp_path):

@@ -1,0 +1,56 @@
+"""The tokens of answers whose ledger record was lost with their process: `output.jsonl` still has them."""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from pathlib import Path
+
+import msgspec
+
+from hpckv.usage.afterwards import Served, record_afterwards
+
+_log = logging.getLogger(__name__)
+
+
+class _Usage(msgspec.Struct):
+    prompt_tokens: int
+    completion_tokens: int
+    hpckv: dict[str, int]
+
+
+class _Body(msgspec.Struct):
+    usage: _Usage
+
+
+class _Response(msgspec.Struct):
+    body: _Body
+
+
+class _Line(msgspec.Struct):
+    response: _Response
+
+
+def account_for_earlier_starts(directory: Path, until: float) -> None:
+    """Record what earlier starts of this run answered until then and did not come to record. Trouble with it is only said."""
+    try:
+        ledgers = [Path(path.read_text().strip()) for path in (directory / "logs" / "ledgers").glob("*")]
+        if ledgers:
+            record_afterwards(ledgers, _served_in(directory / "output.jsonl"), until)
+    except (OSError, ValueError) as error:
+        _log.warning("%s: the ledger may lack the last minute of an earlier start: %s", directory, error)
+
+
+def _served_in(output: Path) -> Served:
+    found, parts = Served(), Counter[str]()
+    decode = msgspec.json.Decoder(_Line).decode
+    with output.open("rb") as file:
+        for line in file:
+            usage = decode(line).response.body.usage
+            found.requests += 1
+            found.prompt_tokens += usage.prompt_tokens
+            found.output_tokens += usage.completion_tokens
+            parts.update(usage.hpckv)
+    found.computed_tokens = parts.pop("computed", 0)
+    found.cached = dict(parts)
+    return found

@@ -1,0 +1,34 @@
+"""A start that should be dead and is not: the next one completes the run, and the output is whole and right."""
+
+import os
+import subprocess
+import sys
+import time
+
+from tests.cli.runs import chat_lines, hpckv, texts, write_run
+
+
+def test_two_starts_at_once_leave_every_answer_once(tmp_path, checkpoint):
+    sampling = {"max_tokens": 60, "ignore_eos": True}
+    model = checkpoint("llama", tokenizer=True)
+    run_file = write_run(tmp_path, model, chat_lines(40), sampling=sampling, engine={"max_requests": 2})
+    output = tmp_path / "out" / "output.jsonl"
+    command = [sys.executable, "-m", "hpckv.cli.main", "run", str(run_file)]
+    zombie = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    try:
+        while not output.exists() or output.read_bytes().count(b"\n") < 3:
+            assert zombie.poll() is None
+            time.sleep(0.02)
+        os.unlink(tmp_path / "out" / ".lock")  # as on a filesystem that has no locks, or whose server gave it back
+        done = hpckv("run", run_file)
+        said = zombie.communicate(timeout=120)[1]
+    finally:
+        zombie.kill()
+        zombie.wait()
+    assert done.returncode == 0, done.stderr
+    assert zombie.returncode == 73, said
+    assert "another start of this run has taken over" in said
+    found = texts(tmp_path)
+    assert len(found) == 40
+    assert hpckv("run", run_file, "--output", tmp_path / "alone").returncode == 0
+    assert found == texts(tmp_path, "alone")
