@@ -8,10 +8,15 @@ import typer
 
 import hpckv
 from hpckv import log
+from hpckv.cli.acct import acct
 from hpckv.cli.bench import bench_app
+from hpckv.cli.doctor import doctor
+from hpckv.cli.lint import lint
 from hpckv.cli.model import model_app
 from hpckv.cli.run import run
+from hpckv.cli.status import cancel, status
 from hpckv.cli.store import store_app
+from hpckv.cli.submit import submit
 from hpckv.workload import drain
 
 app = typer.Typer(
@@ -23,6 +28,12 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 app.command()(run)
+app.command()(submit)
+app.command()(status)
+app.command()(cancel)
+app.command()(lint)
+app.command()(acct)
+app.command()(doctor)
 app.add_typer(model_app, name="model")
 app.add_typer(store_app, name="store")
 app.add_typer(bench_app, name="bench")

@@ -1,1 +1,1 @@
-"""Slurm and containers: submitting runs. Empty in this version; `hpckv run` works inside any allocation."""
+"""Slurm and the machine: submitting a run (`submit`), what became of it (`status`, `wait`), what the machine has (`doctor`)."""

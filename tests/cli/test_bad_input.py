@@ -173,7 +173,6 @@ def test_a_store_that_is_no_store(model, tmp_path):
 def test_what_is_not_in_this_version_is_said(model, tmp_path):
     fails(hpckv("run", write_run(tmp_path, model, chat_lines(1)), "--set", "model.quantization=fp8"), 78, "fp8")
     fails(hpckv("run", write_run(tmp_path, model, chat_lines(1)), "--set", "cache.kv_dtype=fp8"), 78, "kv_dtype")
-    fails(hpckv("run", write_run(tmp_path, model, chat_lines(1)), "--set", "parallel.replicas=2"), 78, "replicas")
 
 
 def test_too_few_processes_are_said_with_the_command_that_starts_enough(model, tmp_path):

@@ -8,7 +8,19 @@ import pytest
 
 from tests.cli.runs import hpckv
 
-VERBS = [[], ["run"], ["model"], ["model", "info"]]
+VERBS = [
+    [],
+    ["run"],
+    ["submit"],
+    ["status"],
+    ["cancel"],
+    ["lint"],
+    ["acct"],
+    ["doctor"],
+    ["model"],
+    ["model", "info"],
+    ["model", "stage"],
+]
 
 
 @pytest.mark.parametrize("verb", VERBS, ids=" ".join)

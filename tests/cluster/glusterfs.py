@@ -90,7 +90,11 @@ class GlusterFS:
         self._folder, self._socket, self._clients = folder, folder / "socket", clients
         self._processes: dict[str, subprocess.Popen] = {}
 
-    def start(self) -> None:
+    def start(self, at: Path | None = None, inside: Mapping[str, Sequence[str]] | None = None) -> None:
+        """`at` is one mount point for all clients; `inside` begins the command of a client that has mounts of its own."""
+        inside = inside or {}
+        if at:
+            self.mounts = dict.fromkeys(self._clients, at)
         for part in (self._folder, self.brick, *self.mounts.values()):
             part.mkdir(exist_ok=True)
             part.chmod(0o755)
@@ -99,13 +103,13 @@ class GlusterFS:
             text, below = _CLIENT.format(socket=self._socket), "client"
             for above in client.translators:
                 text, below = text + _ABOVE.format(name=above, below=below), above
-            self._run(name, "glusterfs", text, *client.options, str(self.mounts[name]))
-        for name, mount in self.mounts.items():
-            self._wait(name, lambda mount=mount: _is_mounted(mount) and _answers(mount))
+            self._run(name, [*inside.get(name, ()), "glusterfs"], text, *client.options, str(self.mounts[name]))
+        for name in self.mounts:
+            self._wait(name, lambda name=name: self._is_there(name, inside.get(name, ())))
 
     def start_brick(self) -> None:
         self._socket.unlink(missing_ok=True)
-        self._run("brick", "glusterfsd", _BRICK.format(brick=self.brick, socket=self._socket))
+        self._run("brick", ["glusterfsd"], _BRICK.format(brick=self.brick, socket=self._socket))
         self._wait("brick", self._is_listening)
 
     def stop_brick(self) -> None:
@@ -132,11 +136,20 @@ class GlusterFS:
             if _is_mounted(mount):
                 subprocess.run(["umount", "-l", str(mount)], check=True)
 
-    def _run(self, name: str, program: str, volume: str, *arguments: str) -> None:
+    def _run(self, name: str, program: Sequence[str], volume: str, *arguments: str) -> None:
         (self._folder / f"{name}.vol").write_text(volume)
         files = ["-f", str(self._folder / f"{name}.vol"), "-l", str(self._folder / f"{name}.log")]
-        command = ["setpriv", "--pdeathsig", "TERM", program, "--no-daemon", *files, *arguments]
+        command = ["setpriv", "--pdeathsig", "TERM", *program, "--no-daemon", *files, *arguments]
         self._processes[name] = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+
+    def _is_there(self, name: str, inside: Sequence[str]) -> bool:
+        point = str(self.mounts[name])
+        if inside:  # a mount is seen from its own namespace only
+            seen = subprocess.run(
+                [*inside, "stat", "-f", "-c", "%T", point], capture_output=True, text=True, check=False
+            )
+            return seen.stdout.strip() == "fuseblk" or "fuse" in seen.stdout
+        return _is_mounted(self.mounts[name]) and _answers(self.mounts[name])
 
     def _wait(self, name: str, is_there) -> None:
         end = time.monotonic() + _PATIENCE_S

@@ -1,0 +1,62 @@
+"""What lies in a submit folder, `RUN/submit/TIME-RANDOM/`: from `hpckv submit` and its jobs' shell code, for whoever asks."""
+
+from __future__ import annotations
+
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+CONFIG, FLAGS = "config.yaml", "flags.json"
+"""The resolved configuration, and flags of `hpckv run`."""
+JOBS, REQUESTS = "jobs", "requests"
+"""Numbers of its Slurm jobs, one a line; how many requests the run has."""
+
+
+@dataclass(frozen=True)
+class End:
+    """What a start said when it ended."""
+
+    code: int
+    is_last: bool
+    """Whether nothing goes on by itself."""
+
+
+def submitted_jobs(directory: Path) -> list[str]:
+    """Numbers of all Slurm jobs that were submitted for a run directory, oldest first."""
+    found: list[str] = []
+    for path in sorted(directory.glob(f"submit/*/{JOBS}")):
+        with suppress(OSError):  # another user's folder
+            found += path.read_text().split()
+    return list(dict.fromkeys(found))
+
+
+def submitted_requests(directory: Path) -> int:
+    """How many requests the run has that was last submitted; 0 if none was."""
+    for path in sorted(directory.glob(f"submit/*/{REQUESTS}"), reverse=True):
+        with suppress(OSError):
+            return int(path.read_text())
+    return 0
+
+
+def newest_job(folder: Path) -> str | None:
+    """The last of a chain."""
+    path = folder / JOBS
+    jobs = path.read_text().split() if path.exists() else []
+    return jobs[-1] if jobs else None
+
+
+def last_starts(folder: Path) -> list[Path]:
+    """The newest start's file of every array task that began."""
+    newest: dict[str, Path] = {}
+    for path in sorted((folder / "starts").glob("*")):
+        newest[path.name.partition(".")[0]] = path
+    return list(newest.values())
+
+
+def read_end(path: Path) -> End | None:
+    """A start's last words; None while it goes on, or if it was killed."""
+    words = path.read_text().splitlines()[-1:]
+    parts = words[0].split() if words else []
+    if len(parts) != 5 or parts[0] != "end":
+        return None
+    return End(int(parts[3]), parts[4] == "stop")

@@ -1,0 +1,86 @@
+"""What Slurm knows of a job, by whichever of its commands answers here: `sacct`, `squeue`, `scontrol`, or none of them."""
+
+from __future__ import annotations
+
+import logging
+import shutil
+import subprocess
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+_log = logging.getLogger(__name__)
+
+_PATIENCE_S = 20.0
+_OPEN_STATES = ("PENDING", "RUNNING", "REQUEUED", "SUSPENDED", "CONFIGURING", "COMPLETING", "RESIZING")
+
+
+@dataclass(frozen=True)
+class JobState:
+    """One job (of its last start, if it was requeued)."""
+
+    job: str
+    state: str
+    """In Slurm's words; `UNKNOWN` where Slurm cannot be asked or has forgotten it."""
+    elapsed: str = ""
+    exit_code: str = ""
+    reason: str = ""
+    """Why it is pending, or the nodes it runs on."""
+
+    @property
+    def is_open(self) -> bool:
+        """Whether it runs or will run."""
+        return self.state.startswith(_OPEN_STATES)
+
+
+def job_states(jobs: Sequence[str]) -> list[JobState]:
+    """In the order given. Asks Slurm once, each way, for all jobs; where sites close `sacct` the others have the living ones."""
+    found: dict[str, JobState] = {}
+    for ask in (_sacct, _squeue, _scontrol):
+        if missing := [job for job in jobs if job not in found]:
+            found |= {state.job: state for state in ask(missing)}
+    return [found.get(job, JobState(job, "UNKNOWN")) for job in jobs]
+
+
+def cancel(job: str) -> str:
+    """Ask Slurm to end a job; what it said against it."""
+    done = _run(["scancel", job])
+    return "scancel is not here" if done is None else done.stderr.strip()
+
+
+def _sacct(jobs: Sequence[str]) -> list[JobState]:
+    columns = "JobID,State,Elapsed,ExitCode,NodeList"
+    rows = _rows(["sacct", "-n", "-X", "-P", "-j", ",".join(jobs), "-o", columns], 5)
+    return [JobState(job, state, elapsed, code, nodes) for job, state, elapsed, code, nodes in rows if job in jobs]
+
+
+def _squeue(jobs: Sequence[str]) -> list[JobState]:
+    rows = _rows(["squeue", "-h", "-a", "-j", ",".join(jobs), "-t", "all", "-o", "%A|%T|%M|%R"], 4)
+    return [JobState(job, state, elapsed, "", reason) for job, state, elapsed, reason in rows]
+
+
+def _scontrol(jobs: Sequence[str]) -> list[JobState]:
+    found = []
+    for job in jobs:
+        done = _run(["scontrol", "--oneliner", "show", "job", job])
+        if done is None or done.returncode:
+            continue
+        shown = dict(part.partition("=")[::2] for part in done.stdout.split())
+        values = [shown.get(name, "") for name in ("JobState", "RunTime", "ExitCode", "NodeList")]
+        found.append(JobState(job, *values))
+    return found
+
+
+def _rows(command: list[str], columns: int) -> list[list[str]]:
+    done = _run(command)
+    lines = done.stdout.splitlines() if done and not done.returncode else []
+    return [row for line in lines if len(row := line.split("|")) == columns]
+
+
+def _run(command: list[str]) -> subprocess.CompletedProcess[str] | None:
+    if shutil.which(command[0]) is None:
+        return None
+    try:
+        return subprocess.run(command, capture_output=True, text=True, timeout=_PATIENCE_S, check=False)
+    except subprocess.TimeoutExpired:
+        _log.warning("%s gives no answer in %g s", command[0], _PATIENCE_S)
+        return None

@@ -1,0 +1,240 @@
+"""Going on when the time is up: slurm/lib/, with programs in Slurm's place. What real Slurm does is in tests/cluster."""
+
+import os
+import re
+import signal
+import subprocess
+import time
+
+import pytest
+
+from tests.launch.batch import Batch
+
+
+def batch(tmp_path, *, is_submitted=True, **settings):
+    return Batch(tmp_path, {f"HPCKV_{name.upper()}": value for name, value in settings.items()}, is_submitted)
+
+
+def starts(one):
+    return sorted(path.name for path in (one.folder / "submit" / "starts").iterdir())
+
+
+@pytest.mark.parametrize("code", [0, 3, 64, 66, 69, 73, 78, 137])
+def test_the_runs_exit_code_is_the_jobs(tmp_path, code):
+    one = batch(tmp_path, **{"continue": "requeue"})
+    done = one.start(f"exit {code}")
+    assert (done.returncode, done.stderr) == (code, "")
+    assert one.called("scontrol") == []
+
+
+def test_a_step_gets_its_cores_and_the_whole_environment(tmp_path):
+    one = batch(tmp_path)
+    assert one.start("exit 0").returncode == 0
+    assert one.called("srun") == [
+        *("--mpi=pmi2", "--export=ALL", "--cpus-per-task=3"),
+        *("python3", "-m", "submitit"),
+    ]
+
+
+def test_requeue(tmp_path):
+    one = batch(tmp_path, **{"continue": "requeue"})
+    done = one.start("answer; exit 75")
+    assert one.called("scontrol") == ["requeue", "1"]
+    assert done.stderr == "hpckv: requests are left; requeued (start 1 of at most 20)\n"
+
+
+def test_where_requeue_fails_it_is_said(tmp_path):
+    one = batch(tmp_path, **{"continue": "requeue"})
+    one.program("scontrol", "#!/bin/bash\nexit 1\n")
+    done = one.start("answer; exit 75")
+    assert done.returncode == 75
+    assert "this job may not be requeued; HPCKV_CONTINUE=chain submits another instead" in done.stderr
+
+
+def test_a_chain_submits_the_same_script_without_this_jobs_variables(tmp_path):
+    one = batch(tmp_path, **{"continue": "chain"})
+    inherited = {"SBATCH_PARTITION": "x", "SRUN_DEBUG": "1", "PMI_RANK": "0", "OMPI_COMM_WORLD_RANK": "0", "MINE": "1"}
+    done = one.start("answer; exit 75", **inherited)
+    assert done.returncode == 0
+    assert "requests are left; job 77 goes on (start 2 of at most 20)" in done.stderr
+    assert one.called("sbatch") == ["--parsable", "--dependency=afterany:1", str(tmp_path / "script.sh")]
+    names = {line.partition("=")[0] for line in one.called("sbatch.env")}
+    assert "MINE" in names
+    assert {name for name in names if re.match("SLURM|SBATCH|SRUN|PMI|OMPI", name)} == {"SLURM_CONF"}
+    assert "HPCKV_RUN_DIR" not in names
+    assert os.readlink(tmp_path / "submit" / "77_submitted.pkl") == "1_submitted.pkl"
+    assert (tmp_path / "submit" / "jobs").read_text() == "77\n"
+
+
+def test_a_script_of_ones_own_is_submitted_again_with_its_arguments_and_counted(tmp_path):
+    one = batch(tmp_path, is_submitted=False, **{"continue": "chain", "attempts": "2"})
+    first = one.start("exit 75")
+    assert first.returncode == 0, first.stderr
+    assert one.called("sbatch")[-2:] == [str(tmp_path / "script.sh"), "run.yaml"]
+    handed_on = dict(line.partition("=")[::2] for line in one.called("sbatch.env") if line.startswith("HPCKV_"))
+    assert (handed_on["HPCKV_ATTEMPT"], handed_on["HPCKV_FIRST_JOB"]) == ("2", "1")
+    second = one.start("exit 75", job=77, **handed_on)
+    assert second.returncode == 75
+    assert "requests are left after 2 starts; not going on (HPCKV_ATTEMPTS)" in second.stderr
+
+
+def test_one_task_of_an_array_goes_on_alone(tmp_path):
+    one = batch(tmp_path, **{"continue": "chain"})
+    array = {"SLURM_ARRAY_JOB_ID": "5", "SLURM_ARRAY_TASK_ID": "3"}
+    assert one.start("answer; exit 75", job=8, **array).returncode == 0
+    assert "--array=3" in one.called("sbatch")
+    assert os.readlink(tmp_path / "submit" / "5_3_submitted.pkl") == "5_submitted.pkl"
+    assert os.readlink(tmp_path / "submit" / "77_submitted.pkl") == "5_submitted.pkl"
+    assert starts(one) == ["3.00001.8"]
+
+
+def test_none_ends_with_75(tmp_path):
+    one = batch(tmp_path, **{"continue": "none"})
+    done = one.start("answer; exit 75")
+    assert (done.returncode, one.called("sbatch"), one.called("scontrol")) == (75, [], [])
+    assert "sbatch the same script again to go on" in done.stderr
+
+
+def test_a_finished_run_s_successor_starts_nothing(tmp_path):
+    one = batch(tmp_path, **{"continue": "requeue"})
+    assert one.start("answer; exit 0").returncode == 0
+    again = one.start("exit 1", job=2)
+    assert (again.returncode, again.stderr) == (0, "hpckv: the run is finished; nothing to do\n")
+    assert one.called("srun").count("submitit") == 1
+
+
+def test_two_starts_without_a_new_answer_stop_it_and_one_with_does_not(tmp_path):
+    one = batch(tmp_path, **{"continue": "chain"})
+    steps = ["answer; exit 75", "exit 75", "answer; exit 75", "exit 75", "exit 75"]
+    done = [one.start(step, job=number) for number, step in enumerate(steps, start=1)]
+    assert [each.returncode for each in done] == [0, 0, 0, 0, 75]
+    assert "two starts in a row gave no new answer; not going on" in done[-1].stderr
+
+
+def test_answers_that_are_not_merged_yet_are_progress(tmp_path):
+    one = batch(tmp_path, **{"continue": "chain"})
+    parts = tmp_path / "run" / "queue" / "1" / "parts"
+    parts.mkdir(parents=True)
+    for number in (1, 2, 3):
+        assert one.start(f"echo '{{}}' >>'{parts}/a.{number}.jsonl'; exit 75", job=number).returncode == 0
+
+
+def test_attempts_are_counted_whatever_the_environment_says(tmp_path):
+    one = batch(tmp_path, **{"continue": "chain", "attempts": "3"})
+    done = [one.start("answer; exit 75", job=number) for number in (1, 2, 3)]
+    assert [each.returncode for each in done] == [0, 0, 75]
+    assert "requests are left after 3 starts; not going on (HPCKV_ATTEMPTS)" in done[-1].stderr
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"max_elapsed": "1:40"}, "100 s of HPCKV_MAX_ELAPSED=1:40"),
+        ({"max_points": "1", "points_per_node_hour": "18"}, "1.000 of HPCKV_MAX_POINTS=1"),
+    ],
+)
+def test_what_earlier_starts_used_counts_and_nothing_more_is_begun(tmp_path, settings, said):
+    one = batch(tmp_path, **{"continue": "chain"}, **settings)
+    folder = tmp_path / "submit" / "starts"
+    folder.mkdir(parents=True)
+    now = int(time.time())
+    # 40 s on two nodes; 40 s by a job that was killed and begun again; 20 s to its limit by one that was killed.
+    (folder / "0.00001.5").write_text(f"start 5 {now - 1000} 2 0 1\nend 5 {now - 960} 75 chain\n")
+    (folder / "0.00002.6").write_text(f"start 6 {now - 900} 2 0 2\n")
+    (folder / "0.00003.6").write_text(f"start 6 {now - 860} 2 {now - 840} 3\n")
+    done = one.start("exit 0", job=9)
+    assert done.returncode == 75
+    assert f"what they may cost is spent: {said}; not going on" in done.stderr
+    assert one.called("srun") == []
+
+
+def test_a_run_is_told_to_stop_when_its_points_are_spent(tmp_path):
+    one = batch(tmp_path, **{"continue": "requeue", "max_points": "0.001", "points_per_node_hour": "1"})
+    # 0.001 points of two nodes are 1.8 s.
+    done = one.start("trap 'exit 75' USR1; for n in {1..500}; do sleep 0.1; done; exit 0")
+    assert done.returncode == 75, done.stderr
+    assert "of HPCKV_MAX_POINTS=0.001; not going on" in done.stderr
+    assert one.called("scontrol") == []
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"continue": "often"}, "HPCKV_CONTINUE=often is none of requeue, chain, none"),
+        ({"attempts": "many"}, "HPCKV_ATTEMPTS=many is not a number"),
+        ({"max_elapsed": "soon"}, "HPCKV_MAX_ELAPSED=soon is no time as Slurm writes it"),
+        ({"max_points": "3"}, "HPCKV_MAX_POINTS needs HPCKV_POINTS_PER_NODE_HOUR"),
+        ({"max_points": "3", "points_per_node_hour": "0.0"}, "HPCKV_POINTS_PER_NODE_HOUR=0.0 is not a number above 0"),
+    ],
+)
+def test_a_wrong_setting_is_said_before_anything_is_begun(tmp_path, settings, said):
+    one = batch(tmp_path, **settings)
+    done = one.start("exit 0")
+    assert done.returncode == 64
+    assert said in done.stderr
+    assert one.called("srun") == []
+
+
+def test_caps_that_cannot_be_kept_are_refused(tmp_path):
+    one = batch(tmp_path, is_submitted=False, max_elapsed="1")
+    done = one.start("exit 0")
+    assert (done.returncode, one.called("srun")) == (64, [])
+    assert "need HPCKV_RUN_DIR" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("written", "seconds"),
+    [
+        ("90", 5400),
+        ("1:30", 90),
+        ("01:00:00", 3600),
+        ("1-0", 86400),
+        ("1-02:03", 93780),
+        ("2-0:0:1", 172801),
+        ("x", ""),
+    ],
+)
+def test_times_as_slurm_writes_them(tmp_path, written, seconds):
+    one = batch(tmp_path)
+    script = f"hpckv_folder=x; . {tmp_path}/lib.sh; hpckv_seconds '{written}'"
+    (tmp_path / "lib.sh").write_text(f". {one.environ(1)['HPCKV_HOME']}/slurm/lib/continue.sh")
+    done = subprocess.run(["bash", "-c", script], capture_output=True, text=True, check=False)
+    assert done.stdout.strip() == str(seconds)
+
+
+@pytest.mark.parametrize("name", ["USR1", "TERM"])
+def test_a_signal_reaches_the_step_and_its_work_is_waited_for(tmp_path, name):
+    one = batch(tmp_path, **{"continue": "chain"})
+    script, ready = tmp_path / "script.sh", tmp_path / "ready"
+    one.start("exit 0")
+    step = f"trap 'answer; exit 75' {name}; touch {ready}; while :; do sleep 0.05; done"
+    (tmp_path / "calls" / "step").write_text(f"answer() {{ echo '{{}}' >>\"$RUN/output.jsonl\"; }}\n{step}\n")
+    for path in (tmp_path / "submit" / "starts").iterdir():
+        path.unlink()
+    process = subprocess.Popen(["bash", str(script)], env=one.environ(1), stderr=subprocess.PIPE, text=True)
+    end = time.monotonic() + 60
+    while not ready.exists():
+        assert time.monotonic() < end
+        time.sleep(0.01)
+    process.send_signal(getattr(signal, f"SIG{name}"))
+    said = process.communicate(timeout=60)[1]
+    assert (tmp_path / "run" / "output.jsonl").read_text() == "{}\n"
+    if name == "USR1":
+        assert (process.returncode, one.called("sbatch")[0]) == (0, "--parsable"), said
+    else:  # cancelled jobs stay cancelled
+        assert (process.returncode, one.called("sbatch")) == (75, []), said
+        assert "ended from outside" in said
+
+
+def test_a_signal_before_the_run_listens_is_no_failure(tmp_path):
+    one = batch(tmp_path, **{"continue": "none"})
+    # The step dies of it, as Python does before it has blocked its signals.
+    done = one.start("kill -USR1 $PPID; for n in {1..600}; do sleep 0.1; done")
+    assert done.returncode == 75, done.stderr
+
+
+def test_a_lost_ranks_exit_code_is_believed_more_than_srun(tmp_path):
+    one = batch(tmp_path, **{"continue": "chain"})
+    done = one.start('answer; echo 75 >"$HPCKV_OUTCOME"; exit 137')
+    assert done.returncode == 0
+    assert "goes on" in done.stderr
