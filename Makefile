@@ -22,8 +22,8 @@ test: $(STAMP)
 	$(BIN)/python -m pytest
 
 check: $(STAMP)
-	$(BIN)/ruff check hpckv tests examples bench
-	$(BIN)/ruff format --check hpckv tests examples bench
+	$(BIN)/ruff check hpckv tests examples bench containers
+	$(BIN)/ruff format --check hpckv tests examples bench containers
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
@@ -33,6 +33,7 @@ bench: $(STAMP)
 	$(BIN)/python bench/store.py
 	$(BIN)/python bench/store_peers.py
 	$(BIN)/python bench/restart.py
+	$(BIN)/python bench/acct.py
 
 soak: $(STAMP)
 	sh tests/system_packages.sh

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Write docs/configuration.md from the docstrings under the configuration fields.
 
-    make docs          # tests/docs/test_configuration_is_current.py fails when it was forgotten
+    make docs          # tests/docs/test_documents.py fails when it was forgotten
 """
 
 from __future__ import annotations
@@ -72,16 +72,23 @@ def default_of(field: msgspec.structs.FieldInfo) -> str:
 
 def render() -> str:
     """The whole document."""
-    parts = [HEAD]
-    docs = field_docs(RunConfig)
     rows = [f for f in msgspec.structs.fields(RunConfig) if section_of(f.type) is None]
-    parts.append("## Top level\n\n" + table(rows, docs))
-    for field in msgspec.structs.fields(RunConfig):
+    parts = [HEAD, "## Top level\n\n" + table(rows, field_docs(RunConfig))]
+    return "\n".join(parts + sections(RunConfig, ""))
+
+
+def sections(config: type, above: str) -> list[str]:
+    """A part for every section of a class, and for theirs."""
+    parts = []
+    for field in msgspec.structs.fields(config):
         section = section_of(field.type)
-        if section is not None:
-            about = inspect.getdoc(section) or ""
-            parts.append(f"## `{field.name}`\n\n{about}\n\n" + table(msgspec.structs.fields(section), field_docs(section)))
-    return "\n".join(parts)
+        if section is None:
+            continue
+        rows = [f for f in msgspec.structs.fields(section) if section_of(f.type) is None]
+        about = inspect.getdoc(section) or ""
+        parts.append(f"## `{above}{field.name}`\n\n{about}\n\n" + table(rows, field_docs(section)))
+        parts += sections(section, f"{above}{field.name}.")
+    return parts
 
 
 def table(fields: typing.Sequence[msgspec.structs.FieldInfo], docs: dict[str, str]) -> str:

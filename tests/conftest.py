@@ -10,7 +10,7 @@ import atexit
 import json
 import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,29 @@ from hpckv.testing.tiny_model import make_checkpoint, make_tokenizer
 # What the package remembers between processes goes with the session, not into the user's home.
 os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="hpckv-tests-")
 atexit.register(shutil.rmtree, os.environ["XDG_CACHE_HOME"], ignore_errors=True)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _no_memory_left_behind() -> Iterator[None]:
+    """MPI ranks that are killed, as many tests do, leave their shared memory."""
+    before = set(_shared_memory())
+    yield
+    mapped = "".join(map(_text, Path("/proc").glob("[0-9]*/maps")))
+    for path in set(_shared_memory()) - before:
+        if path.name not in mapped:
+            path.unlink(missing_ok=True)
+
+
+def _shared_memory() -> Iterator[Path]:
+    for names in ("mpich_shm_*", "ucx_shm_*"):
+        yield from Path("/dev/shm").glob(names)
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text(errors="replace")
+    except OSError:  # the process has ended, or is another user's
+        return ""
 
 
 @pytest.fixture(scope="session")
