@@ -106,7 +106,14 @@ class World:
         return replace(self, dims=replace(self.dims, stage_ends=ends))
 
     def leave(self, exit_code: int) -> None:
-        """The run is over on this rank, which ends with `exit_code` also if MPI does not let it go within `LEAVE_S`."""
+        """The run is over on this rank, once it is on every other; raises `RankLostError` for one that does not come.
+
+        It ends with `exit_code` also if MPI does not let it go within `LEAVE_S`.
+        """
+        if (
+            self.everyone.size > 1
+        ):  # MPI's own end of a run waits for a lost rank for ever, and lets no other thread run
+            self.watch.wait(self.everyone.reduce_min(np.zeros(1, np.int32)), "the other ranks to end")
         self.lifeline.close()
         if self._mpi is not None:
             late = threading.Timer(LEAVE_S, os._exit, [exit_code])  # a rank that never comes would hold up the others

@@ -30,13 +30,13 @@ def together(parallel: ParallelConfig, work: Callable[[World], int], output: Pat
         _log_to(rank_log(output, rank))
     try:
         code = work(world)
+        world.leave(code)
     except BaseException as error:
         if world.everyone.size == 1:
             raise
         known = world.watch.named(error)
         _say(known, rank)
         world.give_up(known)
-    world.leave(code)
     return code
 
 

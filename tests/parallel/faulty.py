@@ -20,7 +20,7 @@ def arm() -> None:
     from hpckv.engine.runner import Runner
     from hpckv.store import segment_writer
 
-    load, forward, publish = Rank.load, Runner.forward, segment_writer.publish
+    load, close, forward, publish = Rank.load, Rank.close, Runner.forward, segment_writer.publish
     seen = {"prefill": 0, "decode": 0, "is_mine": False}
 
     def loading(self, *given):
@@ -28,6 +28,11 @@ def arm() -> None:
         if PHASE == "start" and seen["is_mine"]:
             strike()
         return load(self, *given)
+
+    def closing(self):
+        if PHASE == "end" and seen["is_mine"]:
+            strike()
+        return close(self)
 
     def computing(self, chunks, x=None):
         kind = "prefill" if any(chunk.num_tokens > 1 for chunk in chunks) else "decode"
@@ -41,7 +46,7 @@ def arm() -> None:
             strike()
         return publish(*given, **more)
 
-    Rank.load, Runner.forward, segment_writer.publish = loading, computing, publishing
+    Rank.load, Rank.close, Runner.forward, segment_writer.publish = loading, closing, computing, publishing
 
 
 if __name__ == "__main__":

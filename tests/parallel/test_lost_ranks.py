@@ -13,7 +13,7 @@ from tests.cli.runs import chat_lines, hpckv, texts, write_run
 from tests.parallel.ranks import MPIEXEC, TOP
 
 GRIDS = {"tp": "parallel.tp=2", "pp": "parallel.pp=2", "replicas": "parallel.replicas=2"}
-PHASES, ACTIONS, RANKS = ("start", "prefill", "decode", "write"), ("kill", "stop", "raise"), (0, 1)
+PHASES, ACTIONS, RANKS = ("start", "prefill", "decode", "write", "end"), ("kill", "stop", "raise"), (0, 1)
 EVERY = list(itertools.product(GRIDS, PHASES, ACTIONS, RANKS))
 # Each action in each phase, ranks and grids in turn.
 SOME = [
