@@ -21,6 +21,7 @@ import workloads
 
 STARTED = float(os.environ.get("BENCH_STARTED", time.time()))
 WARM_UP = [list(range(400, 464))]
+SMALL = {"max_batch_tokens": 2048, "max_requests": 64}
 
 
 def steal() -> tuple[int, int]:
@@ -43,10 +44,13 @@ class Hpckv:
 
     def __init__(self, model: str, *, numerics: str = "fast", **options):
         """`options` go to the `Engine`."""
+        import torch
+
         from hpckv import Engine
         from hpckv.engine import EngineConfig
 
-        config = EngineConfig(max_batch_tokens=2048, max_requests=64, numerics=numerics)
+        size = {"max_batch_tokens": 8192, "max_requests": 256} if torch.cuda.is_available() else SMALL
+        config = EngineConfig(**size, numerics=numerics)
         self.engine = Engine(model, engine=config, **options)
 
     def serve(self, prompts: list[list[int]], output: int) -> tuple[list[list[int]], int]:
@@ -69,7 +73,9 @@ class Transformers:
         from transformers import AutoModelForCausalLM
 
         torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "2")))
-        self.model = AutoModelForCausalLM.from_pretrained(model, dtype="auto", attn_implementation="sdpa").eval()
+        self.device = "cuda" if torch.cuda.is_available() else "cpu"
+        found = AutoModelForCausalLM.from_pretrained(model, dtype="auto", attn_implementation="sdpa")
+        self.model = found.eval().to(self.device)
         self.model.generation_config.eos_token_id = None
         self.shares_prefix = shares_prefix
 
@@ -78,14 +84,16 @@ class Transformers:
         from transformers.cache_utils import DynamicCache
 
         longest = max(map(len, prompts))
-        ids = torch.tensor([[3] * (longest - len(p)) + p for p in prompts])
-        mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts])
+        ids = torch.tensor([[3] * (longest - len(p)) + p for p in prompts], device=self.device)
+        mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts], device=self.device)
         shared = next((n for n, column in enumerate(zip(*prompts, strict=False)) if len(set(column)) > 1), longest - 1)
         cache, cached = None, 0
         with torch.inference_mode():
             if self.shares_prefix and len(prompts) > 1 and shared >= 16:
                 cache = DynamicCache(config=self.model.config)
-                self.model(torch.tensor([prompts[0][:shared]]), past_key_values=cache, logits_to_keep=1)
+                self.model(
+                    torch.tensor([prompts[0][:shared]], device=self.device), past_key_values=cache, logits_to_keep=1
+                )
                 cache.batch_repeat_interleave(len(prompts))
                 cached = shared * (len(prompts) - 1)
             out = self.model.generate(

@@ -1,31 +1,44 @@
 #!/usr/bin/env python3
-"""Write the benchmark's subject: a random-weight Llama of 99 M parameters in bf16.
+"""Write the benchmarks' subjects: random-weight Llamas in bf16.
 
-`mid`: 12 layers, 768 wide, 12 heads, 3 KV heads.
+`mid`: 99 M parameters, 12 layers, 768 wide, 12 heads, 3 KV heads. `8b`: the shape of Llama 3.1 8B, made on the GPU.
 
 python bench/make_model.py runs/bench/mid-bf16
+python bench/make_model.py runs/bench/8b-bf16 --shape 8b
 """
 
 from __future__ import annotations
 
+import argparse
 import math
-import sys
 from pathlib import Path
 
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
+SHAPES = {
+    "mid": {
+        "hidden_size": 768, "intermediate_size": 2048, "num_hidden_layers": 12, "num_attention_heads": 12,
+        "num_key_value_heads": 3, "head_dim": 64, "vocab_size": 32000, "tie_word_embeddings": True,
+    },
+    "8b": {
+        "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32,
+        "num_key_value_heads": 8, "head_dim": 128, "vocab_size": 128256, "tie_word_embeddings": False,
+    },
+}  # fmt: skip
 
-def main(folder: Path) -> None:
+
+def main(folder: Path, shape: str) -> None:
     """Make the checkpoint unless it is there."""
-    if (folder / "model.safetensors").exists():
+    if (folder / "config.json").exists():
         return
     config = LlamaConfig(
-        hidden_size=768, intermediate_size=2048, num_hidden_layers=12, num_attention_heads=12, num_key_value_heads=3, head_dim=64,
-        vocab_size=32000, max_position_embeddings=8192, rms_norm_eps=1e-5, tie_word_embeddings=True, bos_token_id=1, eos_token_id=2,
-    )  # fmt: skip
+        **SHAPES[shape], max_position_embeddings=8192, rms_norm_eps=1e-5, bos_token_id=1, eos_token_id=2
+    )
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    on_gpu = shape == "8b" and torch.cuda.is_available()
+    with torch.device("cuda" if on_gpu else "cpu"):
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16 if on_gpu else torch.float32)
     with torch.no_grad():
         for name, p in model.named_parameters():
             if p.dim() < 2:
@@ -39,4 +52,8 @@ def main(folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--shape", choices=SHAPES, default="mid")
+    given = parser.parse_args()
+    main(given.folder, given.shape)

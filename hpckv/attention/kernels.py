@@ -29,13 +29,20 @@ def attend_with_lse(
         flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
         out, lse = flash(q_BNRH, k_BNLH, v_BNLH, 0.0, is_causal, attn_mask=mask, scale=scale)
         return out, lse
-    if softcap is None and q_BNRH.device.type == "cuda" and q_BNRH.shape[-1] % 8 == 0 and mask is None:
+    if softcap is None and q_BNRH.device.type == "cuda" and q_BNRH.shape[-1] % 8 == 0:
         efficient = torch.ops.aten._scaled_dot_product_efficient_attention
+        bias = None if mask is None else _aligned(mask).expand(*q_BNRH.shape[:3], k_BNLH.shape[2])
         out, lse, *_ = efficient(
-            q_BNRH, k_BNLH, v_BNLH, None, compute_log_sumexp=True, is_causal=is_causal, scale=scale
+            q_BNRH, k_BNLH, v_BNLH, bias, compute_log_sumexp=True, is_causal=is_causal, scale=scale
         )
         return out, lse[..., : q_BNRH.shape[2]]  # the kernel pads rows
     return _plain(q_BNRH, k_BNLH, v_BNLH, scale, softcap, mask, is_causal)
+
+
+def _aligned(mask: torch.Tensor) -> torch.Tensor:
+    """The same values in rows that begin at multiples of 16 elements, as the kernel reads them."""
+    num_keys = mask.shape[-1]
+    return torch.nn.functional.pad(mask, (0, -num_keys % 16))[..., :num_keys]
 
 
 def _plain(

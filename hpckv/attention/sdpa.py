@@ -33,6 +33,7 @@ LONG_TAIL_TOKENS = 2048
 place; the rest of all rows is gathered into one padded batch. (At 576 tokens and 8 rows one call a row made a step
 28 % slower than gathering: 67 against 52 ms on two cores, interleaved.)"""
 
+CPU = torch.device("cpu")
 Rows = torch.Tensor | slice
 Slots = torch.Tensor | slice
 
@@ -177,13 +178,15 @@ class SdpaBackend(AttentionBackend):
                 problems.append(Full(slice(row, row + 1), self._slots(pages, first, split)))
                 first = split
             if first < end:
-                slots = _as_index(self._slots(pages, first, end), self.device)
+                slots = _as_index(self._slots(pages, first, end, CPU), CPU)
                 padded.append(Tail(row, chunks[i].owner, first, slots))
         if padded and keep and all(tail.owner for tail in padded) and (update := keep.plan(padded)):
             problems.append(Kept(self._as_index_of_rows(update.tails), update, self._mask(update.tails)))
         elif padded:
+            # Put together in host memory: to a GPU it goes in one copy, not one a row.
             slots_BL = torch.nn.utils.rnn.pad_sequence([tail.slots for tail in padded], batch_first=True)
-            problems.append(Padded(self._as_rows([tail.row for tail in padded]), slots_BL, self._mask(padded)))
+            rows = self._as_rows([tail.row for tail in padded])
+            problems.append(Padded(rows, slots_BL.to(self.device), self._mask(padded)))
         return problems
 
     def _mask(self, tails: Sequence[Tail]) -> torch.Tensor:
@@ -223,8 +226,8 @@ class SdpaBackend(AttentionBackend):
             problems.append(Masked(rows, self._slots(chunk.pages, first, chunk.end), mask_RL))
         return problems + self._plan_tails(chunks, first_rows, tails)
 
-    def _slots(self, pages: Sequence[int], first: int, end: int) -> Slots:
-        """Pool slots of positions [first, end): a slice where the pages are consecutive."""
+    def _slots(self, pages: Sequence[int], first: int, end: int, device: torch.device | None = None) -> Slots:
+        """Pool slots of positions [first, end): a slice where the pages are consecutive, else on `device` or the step's."""
         size = self.block_tokens
         low, high = first // size, -(-end // size)
         used = pages[low:high]
@@ -232,7 +235,7 @@ class SdpaBackend(AttentionBackend):
             base = used[0] * size - low * size
             return slice(base + first, base + end)
         slots = torch.tensor(used)[:, None] * size + torch.arange(size)
-        return slots.flatten()[first - low * size : end - low * size].to(self.device)
+        return slots.flatten()[first - low * size : end - low * size].to(device or self.device)
 
     def _as_rows(self, rows: list[int]) -> Rows:
         if rows[-1] - rows[0] + 1 == len(rows):
