@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Write docs/configuration.md from the docstrings under the configuration fields.
 
-    make docs          # tests/docs/test_documents.py fails when it was forgotten
+make docs          # tests/docs/test_documents.py fails when it was forgotten
 """
 
 from __future__ import annotations

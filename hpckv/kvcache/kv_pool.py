@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from contextlib import suppress
+from functools import partial
 
 import numpy as np
 import torch
@@ -16,7 +18,7 @@ from hpckv.kvcache.load_policy import LoadPolicy
 from hpckv.kvcache.page_pool import NUM_RESERVED
 from hpckv.log import warn_once
 from hpckv.store import BlockGeometry, TieredStore
-from hpckv.store.direct_io import BufferPool
+from hpckv.store.direct_io import BufferPool, Undo
 from hpckv.store.fetch import Fetch, Loaded
 from hpckv.store.segment import StoredBlock
 
@@ -99,8 +101,13 @@ class StoreConnector(Connector):
         self._store.save(StoredBlock(key, parent, position, self._pool.read_block(page)), keeps_payload=True)
 
 
-def pin_memory(address: int, num_bytes: int) -> None:
-    """Register host memory with the GPU's driver, which then copies from it and to it directly."""
-    failed = torch.cuda.cudart().cudaHostRegister(address, num_bytes, 0)
-    if int(failed):
-        warn_once(_log, f"host memory could not be pinned (CUDA error {int(failed)}); copies are slower")
+def pin_memory(address: int, num_bytes: int) -> Undo | None:
+    """Register host memory with the GPU's driver, which then copies from it and to it directly; how to end that."""
+    cuda = torch.cuda.cudart()
+    failed = int(cuda.cudaHostRegister(address, num_bytes, 0))
+    if not failed:
+        return partial(cuda.cudaHostUnregister, address)
+    with suppress(RuntimeError):  # the driver would report it once more, to whoever asks it next
+        torch.zeros(1, device="cuda")
+    warn_once(_log, f"host memory could not be pinned (CUDA error {failed}); copies are slower")
+    return None

@@ -9,6 +9,7 @@ from __future__ import annotations
 import mmap
 import os
 import threading
+import weakref
 from collections.abc import Callable
 
 import numpy as np
@@ -16,6 +17,7 @@ import numpy as np
 from hpckv.store.foreign_file import read_into
 
 ALIGNMENT = 4096
+Undo = Callable[[], object]
 _MOST_IDLE = 128
 """Buffers kept, however small they are: each is a mapping of its own."""
 
@@ -81,9 +83,13 @@ class BufferPool:
         num_bytes: int,
         *,
         max_idle_bytes: int = 1024**3,
-        on_new: Callable[[int, int], None] | None = None,
+        on_new: Callable[[int, int], Undo | None] | None = None,
     ) -> None:
-        """At most `max_idle_bytes` of unused buffers are kept. `on_new(address, num_bytes)` hears of new memory, to pin it, say."""
+        """At most `max_idle_bytes` of unused buffers are kept.
+
+        `on_new(address, num_bytes)` hears of new memory, to pin it, say; what it returns is called before that memory is given back
+        to the kernel, which may soon have something else at the same address.
+        """
         self.num_bytes = num_bytes
         self.on_new = on_new
         self._max_idle = min(_MOST_IDLE, max(1, max_idle_bytes // num_bytes))
@@ -105,13 +111,13 @@ class BufferPool:
 
     def _new(self) -> np.ndarray:
         memory = np.frombuffer(aligned_buffer(self.num_bytes), np.uint8)
-        if self.on_new:
-            self.on_new(memory.ctypes.data, self.num_bytes)
+        if self.on_new and (undo := self.on_new(memory.ctypes.data, self.num_bytes)):
+            weakref.finalize(memory, undo).atexit = False  # a process that ends has nothing to undo
         return memory
 
     def give_back(self, memory: np.ndarray) -> None:
         # Runs in whichever thread lets the last reference go, also within take(): no lock, appending is atomic.
-        # Memory that somebody was told of must not become another's.
+        # Telling somebody of new memory, as on_new does, costs more than keeping it.
         if self.on_new or len(self._idle) < self._max_idle:
             self._idle.append(memory)
 

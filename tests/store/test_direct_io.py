@@ -4,6 +4,7 @@ import gc
 import os
 import random
 import threading
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -123,6 +124,33 @@ def test_a_buffer_is_lent_again_only_after_its_last_view_is_gone():
     assert is_aligned(third, 0)
     assert is_aligned(fourth, 0)
     assert all(size == 2 * ALIGNMENT for _, size in made)
+
+
+def test_what_was_done_to_new_memory_is_undone_before_its_address_is_free():
+    """Memory that a GPU's driver still took for pinned could not be pinned when it came back at the same address."""
+    known = set()
+
+    def note(address: int, size: int):
+        assert address not in known
+        known.add(address)
+        return lambda: (mmap_of(address, size), known.remove(address))
+
+    def mmap_of(address: int, size: int) -> None:
+        mapped = Path("/proc/self/maps").read_text()
+        spans = [[int(end, 16) for end in line.split()[0].split("-")] for line in mapped.splitlines()]
+        assert any(low <= address and address + size <= high for low, high in spans), "undone too late"
+
+    for _ in range(10):  # the kernel gives the same addresses out again
+        pool = BufferPool(64 * ALIGNMENT, max_idle_bytes=192 * ALIGNMENT, on_new=note)
+        pool.reserve()
+        held = pool.take()
+        del pool
+        gc.collect()
+        assert len(known) == 3  # a lent buffer goes back to its pool
+        held[:1] = b"x"
+        del held
+        gc.collect()
+        assert not known
 
 
 def test_idle_buffers_are_bounded_and_threads_share_a_pool():
