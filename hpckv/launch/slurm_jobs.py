@@ -33,11 +33,15 @@ class JobState:
 
 
 def job_states(jobs: Sequence[str]) -> list[JobState]:
-    """In the order given. Asks Slurm once, each way, for all jobs; where sites close `sacct` the others have the living ones."""
-    found: dict[str, JobState] = {}
-    for ask in (_sacct, _squeue, _scontrol):
-        if missing := [job for job in jobs if job not in found]:
-            found |= {state.job: state for state in ask(missing)}
+    """In the order given. Asks Slurm once, each way, for all jobs; where sites close `sacct` the others have the living ones.
+
+    Of those the controller's word counts: the accounting database hears of a start later.
+    """
+    found = {state.job: state for state in _sacct(jobs)}
+    if living := [job for job in jobs if job not in found or found[job].is_open]:
+        found |= {state.job: state for state in _squeue(living)}
+    if missing := [job for job in jobs if job not in found]:
+        found |= {state.job: state for state in _scontrol(missing)}
     return [found.get(job, JobState(job, "UNKNOWN")) for job in jobs]
 
 
