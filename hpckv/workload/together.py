@@ -9,6 +9,8 @@ import traceback
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
+
 from hpckv import log
 from hpckv.comm import ParallelConfig, World, enter
 from hpckv.errors import HpckvError
@@ -26,9 +28,9 @@ def together(parallel: ParallelConfig, work: Callable[[World], int], output: Pat
 
     world = enter(parallel, log_of=log_of, rendezvous=output)
     rank = world.dims.world_rank
-    if output and rank:
-        _log_to(rank_log(output, rank))
     try:
+        if output and world.everyone.size > 1:
+            _open_logs(world, output)
         code = work(world)
         world.leave(code)
     except BaseException as error:
@@ -45,10 +47,20 @@ def rank_log(output: Path, rank: int) -> Path:
     return output / "logs" / f"rank-{rank}.log"
 
 
-def _log_to(path: Path) -> None:
+def _open_logs(world: World, output: Path) -> None:
+    """The folder by rank 0, then a file by each of the others.
+
+    Where clients of a network filesystem make a folder at the same time, one may be refused what is in it for a moment.
+    """
+    rank = world.dims.world_rank
+    path = rank_log(output, rank)
     with contextlib.suppress(OSError):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        log.to_file(path)
+        if rank == 0:
+            path.parent.mkdir(parents=True, exist_ok=True)
+    world.watch.wait(world.everyone.reduce_min(np.zeros(1, np.int32)), "rank 0 to make the folder of logs")
+    with contextlib.suppress(OSError):
+        if rank:
+            log.to_file(path)
 
 
 def _say(error: BaseException, rank: int) -> None:
