@@ -49,6 +49,12 @@ def chat_lines(count: int, *, heads: int = 3) -> list[dict]:
     ]
 
 
+def long_run(folder: Path, model: Path, output_tokens: int = 120) -> Path:
+    """More than a start gets done before something happens to it, also on a fast machine: one request at a time, many of them."""
+    sampling = {"max_tokens": output_tokens, "ignore_eos": True}
+    return write_run(folder, model, chat_lines(60), sampling=sampling, engine={"max_requests": 1})
+
+
 def answers(folder: Path, name: str = "out") -> dict[str, dict]:
     """custom_id -> body of every line of output.jsonl; no id stands twice."""
     rows = [json.loads(raw) for raw in (folder / name / "output.jsonl").read_bytes().splitlines()]

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.cli import runs
 from tests.cli.runs import chat_lines, hpckv, texts, write_run
 from tests.cluster.slurm import Slurm
 
@@ -43,11 +44,9 @@ def logs(folder: Path) -> str:
     return "".join(path.read_text() for path in sorted(folder.glob("log-*")))
 
 
-def long_run(folder: Path, checkpoint, output_tokens: int = 40) -> Path:
+def long_run(folder: Path, checkpoint, output_tokens: int = 120) -> Path:
     """More than a start gets done before it is told to stop."""
-    sampling = {"max_tokens": output_tokens, "ignore_eos": True}
-    lines = chat_lines(32)
-    return write_run(folder, checkpoint("llama", tokenizer=True), lines, sampling=sampling, engine={"max_requests": 2})
+    return runs.long_run(folder, checkpoint("llama", tokenizer=True), output_tokens)
 
 
 def interrupt(cluster: Slurm, folder: Path, job: str, *command: str) -> bytes:
@@ -143,7 +142,7 @@ def test_a_job_that_is_cancelled_keeps_its_answers_and_does_not_come_back(cluste
     command = [sys.executable, "-m", "hpckv.cli.main"]
     before = interrupt(cluster, tmp_path, job, "true")
     shown = json.loads(cluster.run(*command, "status", str(out), "--json", cwd=TOP).stdout)
-    assert (shown["state"], shown["requests"], shown["starts"]) == ("running", 32, 1)
+    assert (shown["state"], shown["requests"], shown["starts"]) == ("running", 60, 1)
     assert [(one["job"], one["state"], one["reason"]) for one in shown["jobs"]] == [(job, "RUNNING", "a100-0")]
     done = cluster.run(*command, "cancel", str(out), cwd=TOP)
     assert done.stdout == f"{job}: cancelled\n", done.stderr

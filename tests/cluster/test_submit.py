@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.cli import runs
 from tests.cli.runs import answers, chat_lines, hpckv, texts, write_run
 from tests.cluster.slurm import Slurm
 from tests.cluster.test_batch_scripts import wait_for
@@ -48,11 +49,9 @@ def until(happened, folder: Path) -> None:
         time.sleep(0.02)
 
 
-def long_run(folder: Path, checkpoint, output_tokens: int = 40) -> Path:
+def long_run(folder: Path, checkpoint, output_tokens: int = 120) -> Path:
     """More than a start gets done before it is told to stop."""
-    sampling = {"max_tokens": output_tokens, "ignore_eos": True}
-    model = checkpoint("llama", tokenizer=True)
-    return write_run(folder, model, chat_lines(32), sampling=sampling, engine={"max_requests": 2})
+    return runs.long_run(folder, checkpoint("llama", tokenizer=True), output_tokens)
 
 
 def tell_that_time_is_up(cluster: Slurm, job: str) -> None:

@@ -14,13 +14,14 @@ def test_two_starts_at_once_leave_every_answer_once(tmp_path, checkpoint):
     run_file = write_run(tmp_path, model, chat_lines(40), sampling=sampling, engine={"max_requests": 2})
     output = tmp_path / "out" / "output.jsonl"
     command = [sys.executable, "-m", "hpckv.cli.main", "run", str(run_file)]
-    zombie = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    environ = {**os.environ, "OMP_NUM_THREADS": "1"}  # two at once wait for each other's threads else
+    zombie = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environ)
     try:
         while not output.exists() or output.read_bytes().count(b"\n") < 3:
             assert zombie.poll() is None
             time.sleep(0.02)
         os.unlink(tmp_path / "out" / ".lock")  # as on a filesystem that has no locks, or whose server gave it back
-        done = hpckv("run", run_file)
+        done = hpckv("run", run_file, env=environ)
         said = zombie.communicate(timeout=120)[1]
     finally:
         zombie.kill()
