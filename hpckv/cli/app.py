@@ -13,6 +13,7 @@ from hpckv.cli.bench import bench_app
 from hpckv.cli.doctor import doctor
 from hpckv.cli.lint import lint
 from hpckv.cli.model import model_app
+from hpckv.cli.plan import plan
 from hpckv.cli.run import run
 from hpckv.cli.status import cancel, status
 from hpckv.cli.store import store_app
@@ -31,6 +32,7 @@ app.command()(run)
 app.command()(submit)
 app.command()(status)
 app.command()(cancel)
+app.command()(plan)
 app.command()(lint)
 app.command()(acct)
 app.command()(doctor)

@@ -12,6 +12,7 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, Trans
 from rich.table import Table
 
 from hpckv.cli.show import print_facts
+from hpckv.device.gpus import GPU_CLASSES
 from hpckv.model import ModelConfig, read_config
 from hpckv.model.stage import stage_model
 from hpckv.quantity import format_bytes
@@ -21,7 +22,6 @@ model_app = typer.Typer(
 )
 
 KV_DTYPES = {"float32": 4, "bfloat16": 2, "float16": 2, "fp8": 1}
-GPU_CLASSES = {"V100 16GB": 16, "V100 32GB": 32, "A100 40GB": 40, "A100 80GB": 80, "H100 80GB": 80, "H200 141GB": 141}
 _USABLE_SHARE = 0.9
 _WEIGHT_BYTES = 2
 
@@ -103,9 +103,9 @@ def describe(config: ModelConfig) -> dict[str, Any]:
     per_token = {dtype: config.kv_values_per_token * size for dtype, size in KV_DTYPES.items()}
     weights = config.num_parameters * _WEIGHT_BYTES
     fits: dict[str, dict[str, int] | None] = {}
-    for gpu, gigabytes in GPU_CLASSES.items():
-        room = int(gigabytes * 1e9 * _USABLE_SHARE) - weights
-        fits[gpu] = {dtype: room // size for dtype, size in per_token.items()} if room > 0 else None
+    for gpu in GPU_CLASSES:
+        room = int(gpu.memory_gb * 1e9 * _USABLE_SHARE) - weights
+        fits[gpu.name] = {dtype: room // size for dtype, size in per_token.items()} if room > 0 else None
     return {
         "architecture": config.architecture,
         "parameters": config.num_parameters,

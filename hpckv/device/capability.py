@@ -74,6 +74,11 @@ def probe(kind: str = "auto") -> Capability:
         return Capability("cuda", properties.name, compute, free)
     if kind == "cuda":
         raise CapabilityError("model.device: cuda was asked for, and torch sees no CUDA device here")
+    return processor()
+
+
+def processor() -> Capability:
+    """This machine's CPU."""
     return Capability("cpu", "CPU", (), available_memory_bytes(), _cpu_flags())
 
 

@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from types import TracebackType
-from typing import Any
 
 import torch
 
@@ -19,6 +18,7 @@ from hpckv.engine.config import EngineConfig
 from hpckv.engine.executor import Coordinator, Executor, Flight, LocalExecutor
 from hpckv.engine.limits import Limits
 from hpckv.engine.metering import EngineMeter
+from hpckv.engine.prompts import NO_STORE_KEY, Prompt, PromptReader
 from hpckv.engine.rank import Rank
 from hpckv.engine.request import Answer, Request, RequestState, RunningSequence, SamplingParams, seed_of
 from hpckv.engine.runner import Runner
@@ -32,15 +32,11 @@ from hpckv.kvcache import CacheConfig, CacheManager
 from hpckv.kvcache.load_policy import LoadPolicy
 from hpckv.model import ModelSettings
 from hpckv.model.tokenizer import Tokenizer
-from hpckv.store import ROOT_KEY, StoreConfig, block_key, prefix_keys
+from hpckv.store import StoreConfig
 from hpckv.store.audit import Auditor
-
-Prompt = str | Sequence[int] | Sequence[dict[str, Any]]
 
 _READ_AHEAD_BYTES = 512 * 1024**2
 """Of stored blocks, on their way to sequences whose turn has not come."""
-_NO_STORE_KEY = bytes(32)
-"""Key epoch of a process without a store: its block keys are seen by nobody else."""
 
 
 @dataclass(frozen=True)
@@ -91,8 +87,12 @@ class Engine:
         self.settings, self.cache_config, self.config = settings, self.rank.cache_config, self.rank.config
         self.model_config, self.store = self.rank.model_config, self.rank.store
         self._writes = store.write if store else "off"
-        self._epoch_key = self.store.epoch_key if self.store else _NO_STORE_KEY
-        self._identity = self.store.identity if self.store else bytes(32)
+        self.prompts = PromptReader(
+            Path(settings.path),
+            self.cache_config.block_tokens,
+            epoch_key=self.store.epoch_key if self.store else NO_STORE_KEY,
+            identity=self.store.identity if self.store else NO_STORE_KEY,
+        )
         self.times = StepTimes()
         self.load_policy = LoadPolicy()
         self._states: dict[str, RequestState] = {}
@@ -114,7 +114,7 @@ class Engine:
         cache = CacheManager(
             self.pages.num_pages,
             self.cache_config.block_tokens,
-            lambda parent, tokens: block_key(self._epoch_key, self._identity, parent or ROOT_KEY, tokens),
+            self.prompts.key_after,
             connector=executor.connector,
             writes=self._writes,
             reuse=self.cache_config.reuse,
@@ -171,26 +171,14 @@ class Engine:
     def _stopping(self) -> Stopping:
         return Stopping(self.model_config, self.tokenizer)
 
-    @cached_property
+    @property
     def tokenizer(self) -> Tokenizer | None:
-        """The model's tokenizer, or None if its folder has none (prompts of token ids still work)."""
-        folder = Path(self.settings.path)
-        return Tokenizer(folder) if (folder / "tokenizer.json").exists() else None
+        """The model's tokenizer, or None if its folder has none."""
+        return self.prompts.tokenizer
 
     def prompt_ids(self, prompt: Prompt) -> list[int]:
         """Token ids of a text, a chat, or token ids as they are."""
-        if not isinstance(prompt, str) and all(isinstance(part, int) for part in prompt):
-            return [int(part) for part in prompt if isinstance(part, int)]
-        if self.tokenizer is None:
-            Tokenizer(Path(self.settings.path))  # raises the error that says what is missing
-        assert self.tokenizer is not None
-        if isinstance(prompt, str):
-            return self.tokenizer.encode(prompt)
-        return self.tokenizer.encode_chat([part for part in prompt if isinstance(part, dict)])
-
-    def keys_of(self, prompt_ids: Sequence[int]) -> list[bytes]:
-        """Keys of a prompt's full blocks."""
-        return prefix_keys(self._epoch_key, self._identity, prompt_ids, self.cache_config.block_tokens)
+        return self.prompts.ids_of(prompt)
 
     @cached_property
     def limits(self) -> Limits:
@@ -208,7 +196,7 @@ class Engine:
         self.limits.check(request)
         if request.request_id in self._states:
             raise ConfigError(f"request id {request.request_id!r} is already queued")
-        keys = list(request.keys) if request.keys is not None else self.keys_of(request.prompt_ids)
+        keys = list(request.keys) if request.keys is not None else self.prompts.keys_of(request.prompt_ids)
         state = self._states[request.request_id] = RequestState(request)
         auditor = self._auditor
         for index in range(request.params.n):
@@ -286,7 +274,7 @@ class Engine:
     def generate(self, prompts: Iterable[Prompt], params: SamplingParams | None = None) -> Iterator[Answer]:
         """Answer every prompt, yielding in the order of `prompts`. Works through prefixes that prompts share once."""
         params = params or SamplingParams()
-        ids = [self.prompt_ids(prompt) for prompt in prompts]
+        ids = [self.prompts.ids_of(prompt) for prompt in prompts]
         # Depth first through the prefix tree: equal beginnings become neighbours.
         order = sorted(range(len(ids)), key=lambda n: ids[n])
         requests = [Request(str(number), ids[number], params, place) for place, number in enumerate(order)]

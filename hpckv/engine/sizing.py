@@ -103,8 +103,6 @@ def build_namespace(
     tensor_ranks: int = 1,
 ) -> Namespace:
     """Identity and representation of an engine's blocks; `weights` is the digest of the model's."""
-    import torch
-
     identity = Identity(weights=weights, config=model.raw)
     representation: dict[str, object] = {
         "dtype": dtype,
@@ -113,6 +111,8 @@ def build_namespace(
         "numerics": engine.numerics,
     }
     if engine.numerics == "strict":  # bit equality holds on one kind of hardware and library only
+        import torch
+
         representation["arithmetic"] = device.arithmetic_class
         representation["torch"] = torch.__version__
         if device.kind == "cpu":

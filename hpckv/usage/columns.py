@@ -142,6 +142,7 @@ GROUPS = {
     "project": ("project", ["Project", *DEFAULT[5:]]),
     "model": ("model, model_digest", ["Model", *DEFAULT[5:]]),
     "gpu": ("gpu", ["GPU", *DEFAULT[5:]]),
+    "replica": ("gpu, num_gpus", ["GPU", "NGPUs", *DEFAULT[5:]]),
     "day": ("day", ["Day", *DEFAULT[5:]]),
     "writer": ("writer_uid", WRITER_DEFAULT),
 }

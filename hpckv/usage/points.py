@@ -43,6 +43,14 @@ class Price(Config, frozen=True):
         assert self.per_node_hour is not None
         return self.per_node_hour / (self.gpus_per_node or 1)
 
+    def fits(self, partition: str | None, qos: str | None, gpu: str, t: float) -> bool:
+        """Whether a job that ends at `t` has this price; as `condition` says of a record."""
+        if any(own is not None and own != asked for own, asked in ((self.partition, partition), (self.qos, qos))):
+            return False
+        since, until = (None if day is None else _start_of(day) for day in (self.since, self.until))
+        is_its_gpu = self.gpu is None or self.gpu.lower() in gpu.lower()
+        return is_its_gpu and (since is None or t >= since) and (until is None or t < until)
+
     @property
     def condition(self) -> tuple[str, list[object]]:
         """SQL over `records`, and its parameters."""
@@ -89,6 +97,10 @@ class PointsConfig(Config, frozen=True):
     """Points for 10^12 bytes in a store for a day."""
     balance: str | None = None
     """Command that prints what the project has left."""
+
+    def of_gpu_hour(self, partition: str | None, qos: str | None, gpu: str, t: float) -> float | None:
+        """Points of a GPU-hour of a job that ends at `t`; None if no price fits."""
+        return next((price.of_gpu_hour for price in self.prices if price.fits(partition, qos, gpu, t)), None)
 
     @property
     def price_sql(self) -> tuple[str, list[object]]:

@@ -136,7 +136,7 @@ class _JoinedRun:
         write_file(self._directory / "config.yaml", yaml.safe_dump(to_plain(self._config), sort_keys=False))
         engine, block_tokens = self._engine, self._config.cache.block_tokens
         # What is too long for this GPU may fit another's.
-        work, refused = prepare(left, engine, engine.limits.check_prompt)
+        work, refused = prepare(left, engine.prompts, engine.limits.check_prompt)
         stop_at_bad_lines(refused, self._config.input, self._options)
         prompts = [w.prompt for w in work]
         plan = plan_run(prompts, block_tokens)
@@ -195,7 +195,7 @@ class _JoinedRun:
 
     def _start(self, custom_id: str) -> None:
         line = self._lines[custom_id]
-        ids = self._engine.prompt_ids(line.prompt)
+        ids = self._engine.prompts.ids_of(line.prompt)
         self._engine.add(Request(custom_id, ids, line.params, self._place[custom_id]))
 
     def _take(self, answers: Sequence[Answer], part: OutputFile, progress: RunProgress, begun: float) -> None:

@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
+from hpckv.engine.prompts import PromptReader
 from hpckv.engine.request import Request
 from hpckv.errors import CapacityError, InputError
 from hpckv.workload.lines import BadLine, BatchInput, BatchLine
 from hpckv.workload.plan import PlannedPrompt
-
-if TYPE_CHECKING:
-    from hpckv.engine.engine import Engine
 
 _log = logging.getLogger(__name__)
 
@@ -43,18 +40,18 @@ class Work:
 
 
 def prepare(
-    lines: Sequence[BatchLine], engine: Engine, check: Callable[[Request], None]
+    lines: Iterable[BatchLine], prompts: PromptReader, check: Callable[[Request], None]
 ) -> tuple[list[Work], list[BadLine]]:
     """Token ids and block keys of every line, and the lines that `check` raises `CapacityError` for."""
     work, refused = [], []
     for line in lines:
         try:
-            ids = engine.prompt_ids(line.prompt)
+            ids = prompts.ids_of(line.prompt)
             check(Request(line.custom_id, ids, line.params))
         except (InputError, CapacityError) as error:
             refused.append(BadLine(line.number, line.custom_id, str(error)))
             continue
-        work.append(Work(line, PlannedPrompt(ids, engine.keys_of(ids))))
+        work.append(Work(line, PlannedPrompt(ids, prompts.keys_of(ids))))
     return work, refused
 
 

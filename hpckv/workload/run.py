@@ -24,9 +24,12 @@ from hpckv.errors import (
     ConfigError,
 )
 from hpckv.schema import read_yaml, to_plain
+from hpckv.usage.rates import read_rates
 from hpckv.workload.answers import bad_line_record, error_line, output_line
 from hpckv.workload.drain import Drain
+from hpckv.workload.forecast import forecast
 from hpckv.workload.lines import BatchInput, BatchLine, read_batch
+from hpckv.workload.outlook import seconds_of
 from hpckv.workload.output import OutputFile, RunLock, write_file
 from hpckv.workload.plan import RunPlan, most_tokens_in_use, plan_run
 from hpckv.workload.prepare import RunOptions, Work, prepare, report_input, stop_at_bad_lines
@@ -98,12 +101,13 @@ def _run_locked(
     left = [line for line in batch.lines if line.custom_id not in output.done]
     summary = Summary(len(batch.lines) - len(left))
     try:
-        work, refused = prepare(left, engine, engine.limits.check)
+        work, refused = prepare(left, engine.prompts, engine.limits.check)
         stop_at_bad_lines(refused, config.input, options)
         errors += [bad_line_record(bad) for bad in refused]
         _write_errors(directory, errors)
         plan = plan_run([w.prompt for w in work], config.cache.block_tokens)
         write_file(directory / "plan.json", json.dumps({**plan.summary, "lines": _planned_ids(plan, work)}, indent=1))
+        _look_ahead(summary, engine, [work[number] for number in plan.order], config)
         if work and not drain.requested:
             _start(router, work, plan, config)
             summary.loaded_s = time.monotonic() - started
@@ -126,6 +130,20 @@ def _run_locked(
         write_file(directory / "provenance.json", json.dumps(provenance(config, engine), indent=2))
     write_file(directory / "summary.json", json.dumps(summary.record(plan), indent=2))
     return _exit_code(config, options, batch, output, errors, summary)
+
+
+def _look_ahead(summary: Summary, engine: Engine, work: Sequence[Work], config: RunConfig) -> None:
+    """What the plan expects of this start, to be set beside what it was."""
+    nearest = engine.store.nearest if engine.store else None
+    expected = summary.expected = forecast([w.prompt for w in work], config.cache.block_tokens, nearest)
+    capability = engine.rank.capability
+    gpu = capability.name if capability.kind == "cuda" else capability.kind
+    model = Path(config.model.path).resolve().name
+    known = read_rates(Path(config.site) if config.site else None)
+    if rates := next((rates for rates in known if rates.is_of(gpu, model)), None):
+        outputs = [w.line.params.max_tokens for w in work for _ in range(w.line.params.n)]
+        load_bytes = expected.loaded_blocks * engine.pages.whole.block_bytes
+        summary.expected_s = round(seconds_of(rates, expected, outputs, config, load_bytes), 3)
 
 
 def follow(config: RunConfig, drain: Drain, world: World) -> None:
@@ -256,7 +274,7 @@ def _exit_code(
         _log.warning("stopped with %d requests left; the same command goes on from here", left)
         return EXIT_DRAINED
     _log.info("%s", summary.line(config.output))
-    for line in describe_store(summary.replicas):
+    for line in filter(None, [summary.beside_the_plan, *describe_store(summary.replicas)]):
         _log.info("%s", line)
     if errors and not options.allows_errors:
         _log.warning("%d requests failed, see %s", len(errors), Path(config.output) / "errors.jsonl")

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from hpckv.engine.request import Answer
 from hpckv.quantity import format_bytes, format_count
+from hpckv.workload.forecast import Forecast
 from hpckv.workload.plan import RunPlan
 
 if TYPE_CHECKING:
@@ -105,6 +106,10 @@ class Summary:
         self.loaded_s = self.first_answer_s = self.answering_s = self.seconds = 0.0
         self.replicas: list[dict[str, Any]] = []
         """Their `engine_record`s."""
+        self.expected: Forecast | None = None
+        """What the plan expected of this start."""
+        self.expected_s: float | None = None
+        """Seconds that the site file's rates expected of it."""
 
     def add(self, answer: Answer) -> None:
         self.answered += 1
@@ -127,6 +132,20 @@ class Summary:
         )
 
     @property
+    def beside_the_plan(self) -> str:
+        """What was expected, and what it was; of a start that answered all it was to answer."""
+        if self.expected is None or self.expected.prompt_tokens != self.prompt_tokens:
+            return ""
+        stored = self.expected.cached_tokens - self.expected.cached["device"]
+        found = self.cached_tokens - self.cached["device"]
+        computed = self.prompt_tokens - self.cached_tokens
+        seconds = "" if self.expected_s is None else f"; {self.expected_s:.1f} s ({self.seconds:.1f} s)"
+        return (
+            f"expected (and found): {self.expected.computed_tokens:,} ({computed:,}) prompt tokens to compute, "
+            f"{stored:,} ({found:,}) from the store{seconds}"
+        )
+
+    @property
     def sums(self) -> dict[str, Any]:
         """This start's own counters as plain data."""
         return {
@@ -142,6 +161,8 @@ class Summary:
             "load_seconds": round(self.loaded_s, 3),
             "first_answer_seconds": round(self.first_answer_s, 3),
             "answering_seconds": round(self.answering_s, 3),
+            "expected": self.expected.record if self.expected else None,
+            "expected_seconds": self.expected_s,
         }
 
     def record(self, plan: RunPlan) -> dict[str, Any]:

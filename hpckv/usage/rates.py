@@ -1,0 +1,83 @@
+"""How fast a kind of GPU computes a model: from the site file, else from what the ledger says of earlier runs."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from hpckv.errors import ConfigError
+from hpckv.schema import Config, convert, read_yaml
+
+LEDGER_DAYS = 90
+_LEAST_TOKENS = 500
+"""What a ledger knows of fewer tokens tells no rate."""
+
+
+class Rates(Config, frozen=True):
+    """One kind of GPU and one model, as measured there (`rates:` in the site file)."""
+
+    gpu: str
+    """Its name as in provenance.json, or a part of it, for example H100; `cpu` for processors."""
+    prefill_tokens_per_s: float
+    """Prompt tokens a second of one replica."""
+    decode_tokens_per_s: float
+    """Answer tokens a second of one replica with many sequences at once, without what `decode_step_s` is."""
+    model: str | None = None
+    """Name of the model's folder; any model unless given."""
+    num_gpus: int = 1
+    """Of the replica that was measured."""
+    decode_step_s: float = 0.0
+    """What a decode step takes however many sequences it has."""
+    start_s: float = 0.0
+    """From the start of the process until the weights are loaded."""
+    load_bytes_per_s: float | None = None
+    """At which stored blocks arrive."""
+    date: str | None = None
+    """When it was measured, YYYY-MM-DD."""
+
+    def __post_init__(self) -> None:
+        for name in ("prefill_tokens_per_s", "decode_tokens_per_s", "load_bytes_per_s"):
+            if not (getattr(self, name) or 1) > 0:
+                raise ConfigError(f"rates: {name}: {getattr(self, name)} is not above 0")
+        if self.num_gpus < 1 or self.decode_step_s < 0 or self.start_s < 0:
+            raise ConfigError("rates: num_gpus is at least 1, decode_step_s and start_s at least 0")
+
+    def is_of(self, gpu: str, model: str) -> bool:
+        """Whether it holds for them."""
+        return self.gpu.lower() in gpu.lower() and self.model in (None, model)
+
+
+def read_rates(site: Path | None) -> list[Rates]:
+    """The `rates:` section; empty without a site file. Raises `ConfigError`, `MissingInputError`."""
+    if site is None:
+        return []
+    return convert(read_yaml(site).get("rates", []), list[Rates], f"{site}: rates")
+
+
+def ledger_rates(store: Path, model: str, now: float | None = None) -> list[Rates]:
+    """What runs of this model over this store reached in the last `LEDGER_DAYS`, one for each kind of GPU and size of replica."""
+    from hpckv.usage.columns import COLUMNS
+    from hpckv.usage.gather import gather
+    from hpckv.usage.points import PointsConfig
+    from hpckv.usage.query import Accounts, Question
+
+    end = time.time() if now is None else now
+    start = end - LEDGER_DAYS * 86400
+    found = gather([store], [], start, end)
+    names = ("gpu", "ngpus", "computed", "prefill", "outtok", "decode")
+    asked = Question(start, end + 1, group="replica", columns=[COLUMNS[name] for name in names], models=[model])
+    return list(_rates(Accounts(found, PointsConfig(), str).ask(asked).rows, model))
+
+
+def _rates(rows: Sequence[Sequence[object]], model: str) -> list[Rates]:
+    rates = []
+    for gpu, num_gpus, computed, prefill_s, output, decode_s in rows:
+        assert isinstance(computed, int)
+        assert isinstance(output, int)
+        assert isinstance(prefill_s, float)
+        assert isinstance(decode_s, float)
+        if min(computed, output) >= _LEAST_TOKENS and min(prefill_s, decode_s) > 0:
+            of = {"gpu": str(gpu), "model": model, "num_gpus": int(str(num_gpus))}
+            rates.append(Rates(prefill_tokens_per_s=computed / prefill_s, decode_tokens_per_s=output / decode_s, **of))  # type: ignore[arg-type]
+    return rates
