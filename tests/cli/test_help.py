@@ -16,6 +16,7 @@ VERBS = [
     ["cancel"],
     ["lint"],
     ["acct"],
+    ["plan"],
     ["doctor"],
     ["model"],
     ["model", "info"],
