@@ -9,12 +9,16 @@ from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from hpckv.store.foreign_file import UnusableFileError, open_trusted
 from hpckv.store.layout import StoreLayout
 from hpckv.store.survey import users
 from hpckv.usage.ledger import Oddity, month_of, records_in, verified_lines
 from hpckv.usage.record import Record
+
+if TYPE_CHECKING:
+    import duckdb
 
 _LARGEST_FILE = 256 * 1024**2
 """A record a minute fills it in 600 years; what is longer is no ledger."""
@@ -77,9 +81,10 @@ def gather(stores: Iterable[Path], runs: Iterable[Path], start: float, end: floa
         layout = StoreLayout(store)
         months = {path.stem: path for path in sorted(layout.rolled_up.glob("*.parquet")) if first <= path.stem <= last}
         files = list(store_files(layout, first, last))
+        con = new_database()
         for month, path in months.items():
             here = [file for file in files if file.month == month]
-            if (rolled := read_rolled_up(path, store.stat().st_uid, found)) is not None:
+            if (rolled := read_rolled_up(path, store.stat().st_uid, found, con)) is not None:
                 view = _compare(rolled, here, found)
                 found.months.append(view)
                 fresh = {file for file in here if file.key in view.files and file.key not in view.stale}
@@ -120,23 +125,35 @@ def read_file(file: LedgerPath, found: Gathered) -> bytes:
         reason = error.strerror if isinstance(error, OSError) else str(error)
         found.oddities.append(Oddity(file.path, f"left out: {reason}"))
         return b""
+    writer, month, key, is_afterwards = file.writer, file.month, file.key, file.is_afterwards
+    latest = -1
     for record in records_in(file.path, content, file.uid, found.oddities.append):
-        if record.writer != file.writer or month_of(record.t1) != file.month:
+        if record.writer != writer or month_of(record.t1) != month:
             found.oddities.append(Oddity(file.path, f"record {record.seq} is of another writer or month"))
+        elif record.seq <= latest:
+            found.oddities.append(Oddity(file.path, f"record {record.seq} after record {latest}: left out"))
         else:
-            found.records.append((record, file.key, file.is_afterwards))
+            found.records.append((record, key, is_afterwards))
+            latest = record.seq
     return content
 
 
-def read_rolled_up(path: Path, uid: int, found: Gathered) -> RolledUp | None:
-    """What a month's file says of itself; None if it is not `uid`'s, or damaged."""
+def new_database() -> duckdb.DuckDBPyConnection:
+    """An empty one in memory, that loads no code from elsewhere."""
+    import duckdb
+
+    return duckdb.connect(config={"autoinstall_known_extensions": False, "autoload_known_extensions": False})
+
+
+def read_rolled_up(path: Path, uid: int, found: Gathered, con: duckdb.DuckDBPyConnection) -> RolledUp | None:
+    """What a month's file says of itself, read with any database; None if it is not `uid`'s, or damaged."""
     import duckdb
 
     try:
         fd, _ = open_trusted(path, frozenset({uid}))
         os.close(fd)
         query = "SELECT value FROM parquet_kv_metadata(?) WHERE key = 'hpckv'"
-        rows = duckdb.connect().execute(query, [str(path)]).fetchall()
+        rows = con.execute(query, [str(path)]).fetchall()
         files = json.loads(rows[0][0] if rows else b"")["files"]
         return RolledUp(path, {str(key): (int(length), str(last)) for key, (length, last) in files.items()})
     except (OSError, UnusableFileError, duckdb.Error, ValueError, KeyError, TypeError, AttributeError) as error:

@@ -4,6 +4,7 @@ import os
 import random
 import shutil
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -25,7 +26,7 @@ pytestmark = pytest.mark.root
 JULY = datetime(2026, 7, 1, tzinfo=UTC).timestamp()
 END = datetime(2026, 11, 15, tzinfo=UTC).timestamp()
 UIDS = (2001, 2002, 2003)
-NAMES = {2001: "alice", 2002: "bob", 2003: "carol"}
+NAMES = {2001: "alice", 2002: "bob", 2003: "carol", **{uid: f"user{uid}" for uid in range(2004, 2041)}}
 SUMS = ("requests", "prompt_tokens", "computed_tokens", "output_tokens", "written_tokens")
 
 
@@ -51,11 +52,11 @@ class Truth:
         self.by_writer.update({int(uid): tokens for uid, tokens in record.by_writer.items()})
 
 
-def random_counters(rng: random.Random) -> Counters:
+def random_counters(rng: random.Random, uids: Sequence[int] = UIDS) -> Counters:
     cached = {tier: rng.randrange(1000) for tier in TIERS if rng.random() < 0.5}
     loaded = sum(count for tier, count in cached.items() if tier != "device")
     mine = rng.randrange(loaded + 1)
-    by_writer = {str(rng.choice(UIDS)): mine, "2001": loaded - mine} if loaded else {}
+    by_writer = {str(rng.choice(uids)): mine, "2001": loaded - mine} if loaded else {}
     computed = rng.randrange(1000)
     return Counters(
         requests=rng.randrange(10),
@@ -93,11 +94,16 @@ def make_past(store: StoreRoot, *, num_writers: int, num_records: int, seed: int
             file.append(counters, now=t)
             truth.add(pattern.with_counters(counters, seq=0, t0=t - 60, t1=round(t, 3), prev=""), job)
         file.close()
-    for uid in UIDS:
+    give_away(store, UIDS)
+    return truth
+
+
+def give_away(store: StoreRoot, uids: Sequence[int]) -> None:
+    """Each user's folder to that user."""
+    for uid in uids:
         store.layout.user(uid).mkdir(exist_ok=True)
         for path in [store.layout.user(uid), *store.layout.user(uid).rglob("*")]:
             os.chown(path, uid, -1)
-    return truth
 
 
 @pytest.fixture
@@ -130,7 +136,7 @@ def rows_by(store: StoreRoot, group: str, key: str) -> dict[str, Counter]:
     return {row[0]: Counter(dict(zip(names, row[1:], strict=True))) for row in answer.rows}
 
 
-def check(store: StoreRoot, truth: Truth) -> None:
+def check(store: StoreRoot, truth: Truth, *, num_oddities: int = 0) -> None:
     assert rows_by(store, "user", "UID") == {str(uid): sums for uid, sums in truth.by_user.items()}
     assert rows_by(store, "job", "JobID") == truth.by_job
     assert rows_by(store, "model", "Model") == truth.by_model
@@ -140,7 +146,7 @@ def check(store: StoreRoot, truth: Truth) -> None:
     answer, found = ask(store, group="user")
     columns = [column.name for column in answer.columns]
     assert answer.total[columns.index("PromptTok")] == truth.total["prompt_tokens"]
-    assert not found.oddities
+    assert len(found.oddities) == num_oddities
 
 
 def test_sums_are_the_truth_also_rolled_up_and_with_users_folders_gone(store):
