@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 import os
 import stat
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -22,6 +23,8 @@ if TYPE_CHECKING:
 
 _LARGEST_FILE = 256 * 1024**2
 """A record a minute fills it in 600 years; what is longer is no ledger."""
+_MOST_THREADS = 8
+"""A login node has many cores, and they are everybody's."""
 
 
 @dataclass(frozen=True)
@@ -75,16 +78,15 @@ class Gathered:
 
 def gather(stores: Iterable[Path], runs: Iterable[Path], start: float, end: float) -> Gathered:
     """Records of stores and of run directories whose month has a part in [start, end), seconds since 1970."""
-    found = Gathered()
+    found, database = Gathered(), cache(new_database)
     first, last = month_of(max(0.0, start)), month_of(min(end, 253e9))
     for store in dict.fromkeys(path.resolve() for path in stores):
         layout = StoreLayout(store)
         months = {path.stem: path for path in sorted(layout.rolled_up.glob("*.parquet")) if first <= path.stem <= last}
         files = list(store_files(layout, first, last))
-        con = new_database()
         for month, path in months.items():
             here = [file for file in files if file.month == month]
-            if (rolled := read_rolled_up(path, store.stat().st_uid, found, con)) is not None:
+            if (rolled := read_rolled_up(path, store.stat().st_uid, found, database)) is not None:
                 view = _compare(rolled, here, found)
                 found.months.append(view)
                 fresh = {file for file in here if file.key in view.files and file.key not in view.stale}
@@ -142,18 +144,22 @@ def new_database() -> duckdb.DuckDBPyConnection:
     """An empty one in memory, that loads no code from elsewhere."""
     import duckdb
 
-    return duckdb.connect(config={"autoinstall_known_extensions": False, "autoload_known_extensions": False})
+    num_threads = min(_MOST_THREADS, len(os.sched_getaffinity(0)))
+    closed = {"autoinstall_known_extensions": False, "autoload_known_extensions": False}
+    return duckdb.connect(config={**closed, "threads": num_threads})
 
 
-def read_rolled_up(path: Path, uid: int, found: Gathered, con: duckdb.DuckDBPyConnection) -> RolledUp | None:
-    """What a month's file says of itself, read with any database; None if it is not `uid`'s, or damaged."""
+def read_rolled_up(
+    path: Path, uid: int, found: Gathered, database: Callable[[], duckdb.DuckDBPyConnection] = new_database
+) -> RolledUp | None:
+    """What a month's file says of itself; None if it is not `uid`'s, or damaged."""
     import duckdb
 
     try:
         fd, _ = open_trusted(path, frozenset({uid}))
         os.close(fd)
         query = "SELECT value FROM parquet_kv_metadata(?) WHERE key = 'hpckv'"
-        rows = con.execute(query, [str(path)]).fetchall()
+        rows = database().execute(query, [str(path)]).fetchall()
         files = json.loads(rows[0][0] if rows else b"")["files"]
         return RolledUp(path, {str(key): (int(length), str(last)) for key, (length, last) in files.items()})
     except (OSError, UnusableFileError, duckdb.Error, ValueError, KeyError, TypeError, AttributeError) as error:

@@ -13,7 +13,7 @@ from pathlib import Path
 from hpckv.errors import AccessError
 from hpckv.store.durable import publish
 from hpckv.store.root import StoreRoot
-from hpckv.usage.gather import Gathered, new_database, read_file, read_rolled_up, store_files, valid_length
+from hpckv.usage.gather import Gathered, read_file, read_rolled_up, store_files, valid_length
 from hpckv.usage.ledger import Oddity, month_of
 from hpckv.usage.table import connect
 
@@ -63,7 +63,7 @@ def _keep_what_is_gone(before: Path, files: dict[str, tuple[int, str]], found: G
     """Of the month's earlier roll-up, the rows of files that are not there any more."""
     if not before.exists():
         return
-    earlier = read_rolled_up(before, os.getuid(), found, new_database())
+    earlier = read_rolled_up(before, os.getuid(), found)
     if earlier is None:
         return
     gone = {key: value for key, value in earlier.files.items() if key not in files}

@@ -14,7 +14,7 @@ import pytest
 from hpckv.store.policy import StorePolicy
 from hpckv.store.root import StoreRoot
 from hpckv.usage.columns import COLUMNS, WRITER_COLUMNS
-from hpckv.usage.gather import gather
+from hpckv.usage.gather import Gathered, gather
 from hpckv.usage.ledger import LedgerFile, digest, encode
 from hpckv.usage.points import PointsConfig, Price
 from hpckv.usage.query import Accounts, Question
@@ -111,14 +111,18 @@ def store(tmp_path) -> StoreRoot:
     return StoreRoot.create(tmp_path / "store", StorePolicy.new())
 
 
-def ask(store: StoreRoot, **more):
+def everything(store: StoreRoot) -> Gathered:
+    return gather([store.layout.root], [], JULY - 1, END + 1)
+
+
+def ask(store: StoreRoot, found: Gathered | None = None, **more):
     question = Question(**{"start": JULY - 1, "end": END + 1, **more})
-    found = gather([store.layout.root], [], question.start, question.end)
+    found = found or gather([store.layout.root], [], question.start, question.end)
     points = PointsConfig(prices=[Price(gpu="H100", per_node_hour=12.0, gpus_per_node=4)])
     return Accounts(found, points, NAMES.__getitem__).ask(question), found
 
 
-def rows_by(store: StoreRoot, group: str, key: str) -> dict[str, Counter]:
+def rows_by(store: StoreRoot, found: Gathered, group: str, key: str) -> dict[str, Counter]:
     wanted = [
         key,
         "Requests",
@@ -131,19 +135,20 @@ def rows_by(store: StoreRoot, group: str, key: str) -> dict[str, Counter]:
         "LocalTok",
         "SharedTok",
     ]
-    answer, _ = ask(store, group=group, columns=[COLUMNS[name.lower()] for name in wanted])
+    answer, _ = ask(store, found, group=group, columns=[COLUMNS[name.lower()] for name in wanted])
     names = (*SUMS, *TIERS)
     return {row[0]: Counter(dict(zip(names, row[1:], strict=True))) for row in answer.rows}
 
 
 def check(store: StoreRoot, truth: Truth, *, num_oddities: int = 0) -> None:
-    assert rows_by(store, "user", "UID") == {str(uid): sums for uid, sums in truth.by_user.items()}
-    assert rows_by(store, "job", "JobID") == truth.by_job
-    assert rows_by(store, "model", "Model") == truth.by_model
-    assert rows_by(store, "day", "Day") == truth.by_day
-    answer, _ = ask(store, group="writer", columns=[WRITER_COLUMNS[name] for name in ("writer", "loadedtok")])
+    found = everything(store)
+    assert rows_by(store, found, "user", "UID") == {str(uid): sums for uid, sums in truth.by_user.items()}
+    assert rows_by(store, found, "job", "JobID") == truth.by_job
+    assert rows_by(store, found, "model", "Model") == truth.by_model
+    assert rows_by(store, found, "day", "Day") == truth.by_day
+    answer, _ = ask(store, found, group="writer", columns=[WRITER_COLUMNS[name] for name in ("writer", "loadedtok")])
     assert dict(answer.rows) == {NAMES[uid]: tokens for uid, tokens in truth.by_writer.items()}
-    answer, found = ask(store, group="user")
+    answer, _ = ask(store, found, group="user")
     columns = [column.name for column in answer.columns]
     assert answer.total[columns.index("PromptTok")] == truth.total["prompt_tokens"]
     assert len(found.oddities) == num_oddities
