@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import cache
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -82,16 +83,17 @@ def gather(stores: Iterable[Path], runs: Iterable[Path], start: float, end: floa
     first, last = month_of(max(0.0, start)), month_of(min(end, 253e9))
     for store in dict.fromkeys(path.resolve() for path in stores):
         layout = StoreLayout(store)
-        months = {path.stem: path for path in sorted(layout.rolled_up.glob("*.parquet")) if first <= path.stem <= last}
-        files = list(store_files(layout, first, last))
-        for month, path in months.items():
-            here = [file for file in files if file.month == month]
-            if (rolled := read_rolled_up(path, store.stat().st_uid, found, database)) is not None:
+        files: dict[str, list[LedgerPath]] = {}
+        for file in store_files(layout, first, last):
+            files.setdefault(file.month, []).append(file)
+        for path in sorted(layout.rolled_up.glob("*.parquet")):
+            month = path.stem
+            if first <= month <= last and (rolled := read_rolled_up(path, store.stat().st_uid, found, database)):
+                here = files.get(month, [])
                 view = _compare(rolled, here, found)
                 found.months.append(view)
-                fresh = {file for file in here if file.key in view.files and file.key not in view.stale}
-                files = [file for file in files if file not in fresh]
-        for file in files:
+                files[month] = [file for file in here if file.key not in view.files or file.key in view.stale]
+        for file in chain.from_iterable(files.values()):
             read_file(file, found)
     for run in dict.fromkeys(path.resolve() for path in runs):
         for path in sorted((run / "ledger").glob("*/*.jsonl")):
@@ -108,10 +110,9 @@ def store_files(layout: StoreLayout, first: str, last: str) -> Iterator[LedgerPa
             for month in sorted(os.listdir(layout.ledger(uid))):
                 if first <= month <= last:
                     with suppress(OSError):
-                        names = sorted(os.listdir(layout.ledger(uid) / month))
-                        yield from (
-                            LedgerPath(layout.ledger(uid) / month / n, uid) for n in names if n.endswith(".jsonl")
-                        )
+                        folder = layout.ledger(uid) / month
+                        names = sorted(os.listdir(folder))
+                        yield from (LedgerPath(folder / name, uid) for name in names if name.endswith(".jsonl"))
 
 
 def read_file(file: LedgerPath, found: Gathered) -> bytes:
