@@ -84,8 +84,10 @@ class Accounts:
             f"CREATE TABLE priced AS SELECT {', '.join(fields)}, {price} AS price FROM records WHERE {where}",
             [*values, *given],
         )
-        self._learn_names(con, with_writers="writer_name" in asked)
-        _learn_days(con)
+        if "names." in f"{asked} {rows}":
+            self._learn_names(con, with_writers="writer_name" in asked)
+        if "days." in rows:
+            _learn_days(con)
         con.execute(f"CREATE VIEW rows AS {rows}")
         return con
 
