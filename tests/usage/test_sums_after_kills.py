@@ -1,4 +1,4 @@
-"""Every sum is exact also of a past in which writers were killed at every byte of a write, and records are there several times."""
+"""Every sum is exact also of a past in which writers were killed anywhere within a write, and records are there several times."""
 
 import random
 
