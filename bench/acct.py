@@ -6,9 +6,9 @@
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import random
+import resource
 import statistics
 import subprocess
 import sys
@@ -35,21 +35,26 @@ def main() -> None:
     given = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="hpckv-bench-") as folder:
         store = StoreRoot.create(Path(folder) / "store", StorePolicy.new())
+        small = StoreRoot.create(Path(folder) / "small", StorePolicy.new())
+        make_ledger(small, 2 * JOB_RECORDS)
         months = make_ledger(store, given.records)
         last = f"{months[-1]}-01", "2026-12-01"
-        found = {"records": given.records}
         whole, one = ("-S", "2026-01-01", "-E", "2026-12-01"), ("-S", last[0], "-E", last[1])
+        found = {"two jobs, not rolled up": ask(small, whole, given.rounds)}
         found["no month rolled up, all"] = ask(store, whole, 1)
-        begun = time.perf_counter()
+        begun, cpu_begun = time.perf_counter(), time.process_time()
         for month in months[:-1]:
             roll_up(store, month)
-        found["rolling nine months up"] = time.perf_counter() - begun
+        found["rolling nine months up"] = time.perf_counter() - begun, time.process_time() - cpu_begun
         found["nine months rolled up, all"] = ask(store, whole, given.rounds)
         found["nine months rolled up, the last month"] = ask(store, one, given.rounds)
         roll_up(store, months[-1])
         found["ten months rolled up, all"] = ask(store, whole, given.rounds)
         found["ten months rolled up, one month"] = ask(store, one, given.rounds)
-    print(json.dumps({name: round(value, 2) for name, value in found.items()}, indent=1))
+        peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1024
+    for name, (wall_s, cpu_s) in found.items():
+        print(f"{name:<40} {wall_s:6.2f} s, CPU {cpu_s:6.2f} s")
+    print(f"{given.records:,} records; at most {peak:,.0f} MiB, with no month rolled up")
 
 
 def make_ledger(store: StoreRoot, count: int) -> list[str]:
@@ -84,8 +89,8 @@ def make_ledger(store: StoreRoot, count: int) -> list[str]:
     return sorted(months)
 
 
-def ask(store: StoreRoot, window: tuple[str, ...], rounds: int) -> float:
-    """Median seconds of the whole command."""
+def ask(store: StoreRoot, window: tuple[str, ...], rounds: int) -> tuple[float, float]:
+    """Median seconds of the whole command, and its CPU seconds."""
     command = [
         sys.executable,
         "-m",
@@ -97,12 +102,18 @@ def ask(store: StoreRoot, window: tuple[str, ...], rounds: int) -> float:
         "model",
         *window,
     ]
-    taken = []
+    taken, cpu = [], []
     for _ in range(rounds):
-        begun = time.perf_counter()
+        begun, cpu_begun = time.perf_counter(), children_cpu_s()
         subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
         taken.append(time.perf_counter() - begun)
-    return statistics.median(taken)
+        cpu.append(children_cpu_s() - cpu_begun)
+    return statistics.median(taken), statistics.median(cpu)
+
+
+def children_cpu_s() -> float:
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
 
 
 if __name__ == "__main__":

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any, TypeVar, get_args
 
 import msgspec
-import yaml
 
 from hpckv.errors import ConfigError, MissingInputError
 from hpckv.quantity import ByteSize
@@ -29,6 +28,8 @@ class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
 
 def read_yaml(path: Path) -> dict[str, Any]:
     """The mapping in a YAML file; raises `MissingInputError` or `ConfigError` with the line."""
+    import yaml  # here, as most commands read none
+
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -73,6 +74,8 @@ def nearest(name: str, known: Iterable[str]) -> str:
 
 def set_dotted(content: dict[str, Any], assignment: str) -> None:
     """Apply one `--set a.b=c`; the value is read as YAML."""
+    import yaml
+
     path, equals, text = assignment.partition("=")
     if not equals or not path:
         raise ConfigError(f"--set {assignment}: expected section.key=value, for example --set engine.max_requests=64")

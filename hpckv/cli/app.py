@@ -1,44 +1,76 @@
-"""The verbs and global flags of `hpckv`. No torch at import."""
+"""The verbs and global flags of `hpckv`. A verb's module is imported when the verb is called, or all verbs are listed."""
 
 from __future__ import annotations
 
-from typing import Annotated
+from collections.abc import Iterator, Mapping
+from functools import cache
+from importlib import import_module
+from typing import Annotated, Any
 
 import typer
+from typer.core import TyperGroup
+from typer.main import get_command, get_group
 
 import hpckv
 from hpckv import log
-from hpckv.cli.acct import acct
-from hpckv.cli.bench import bench_app
-from hpckv.cli.doctor import doctor
-from hpckv.cli.lint import lint
-from hpckv.cli.model import model_app
-from hpckv.cli.plan import plan
-from hpckv.cli.run import run
-from hpckv.cli.status import cancel, status
-from hpckv.cli.store import store_app
-from hpckv.cli.submit import submit
 from hpckv.workload import drain
+
+VERBS = {
+    "run": "run:run",
+    "submit": "submit:submit",
+    "status": "status:status",
+    "cancel": "status:cancel",
+    "plan": "plan:plan",
+    "lint": "lint:lint",
+    "acct": "acct:acct",
+    "doctor": "doctor:doctor",
+    "model": "model:model_app",
+    "store": "store:store_app",
+    "bench": "bench:bench_app",
+}
+"""Each verb's module in this package, and what there it is: a function, or a `Typer` with verbs of its own."""
+
+
+class _Commands(Mapping[str, Any]):
+    """All verbs by name; one is built when it is taken out."""
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(VERBS)
+
+    def __len__(self) -> int:
+        return len(VERBS)
+
+    def __getitem__(self, verb: str) -> Any:
+        return _build(verb)
+
+
+@cache
+def _build(verb: str) -> Any:
+    module, _, attribute = VERBS[verb].partition(":")
+    found = getattr(import_module(f"hpckv.cli.{module}"), attribute)
+    home = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
+    if isinstance(found, typer.Typer):
+        home.add_typer(found, name=verb)
+        return get_group(home).commands[verb]
+    home.command(verb)(found)
+    return get_command(home)
+
+
+class _Group(TyperGroup):
+    def __init__(self, **attributes: Any) -> None:
+        super().__init__(**attributes)
+        self.commands: Any = _Commands()
+
 
 app = typer.Typer(
     name="hpckv",
+    cls=_Group,
     help="Batch inference that never computes the same prefix twice.\n\nExample: hpckv run examples/demo.yaml",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-app.command()(run)
-app.command()(submit)
-app.command()(status)
-app.command()(cancel)
-app.command()(plan)
-app.command()(lint)
-app.command()(acct)
-app.command()(doctor)
-app.add_typer(model_app, name="model")
-app.add_typer(store_app, name="store")
-app.add_typer(bench_app, name="bench")
 
 
 def _version(wanted: bool) -> None:

@@ -9,15 +9,14 @@ import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping
 
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from rich.table import Table
-
 from hpckv.errors import ConfigError
 
 
 def print_facts(facts: Mapping[str, object]) -> None:
     """A table of names and values, without lines."""
+    from rich.console import Console
+    from rich.table import Table
+
     table = Table(show_header=False, box=None)
     for name, value in facts.items():
         table.add_row(name, f"{value:,}" if isinstance(value, int) else str(value))
@@ -27,6 +26,9 @@ def print_facts(facts: Mapping[str, object]) -> None:
 @contextlib.contextmanager
 def progress(what: str, total: int) -> Iterator[Callable[[], None]]:
     """A bar on a terminal's stderr, nothing elsewhere; gives a function to call for each one done, from any thread."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
     columns = (TextColumn(what), BarColumn(), MofNCompleteColumn(), TextColumn("left"), TimeRemainingColumn())
     lock = threading.Lock()
     with Progress(*columns, console=Console(stderr=True), disable=not sys.stderr.isatty()) as bar:

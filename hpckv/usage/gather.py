@@ -5,10 +5,13 @@ from __future__ import annotations
 import json
 import os
 import stat
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
+from functools import cache
+from itertools import chain
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from hpckv.store.foreign_file import UnusableFileError, open_trusted
 from hpckv.store.layout import StoreLayout
@@ -16,8 +19,13 @@ from hpckv.store.survey import users
 from hpckv.usage.ledger import Oddity, month_of, records_in, verified_lines
 from hpckv.usage.record import Record
 
+if TYPE_CHECKING:
+    import duckdb
+
 _LARGEST_FILE = 256 * 1024**2
 """A record a minute fills it in 600 years; what is longer is no ledger."""
+_MOST_THREADS = 8
+"""A login node has many cores, and they are everybody's."""
 
 
 @dataclass(frozen=True)
@@ -71,20 +79,21 @@ class Gathered:
 
 def gather(stores: Iterable[Path], runs: Iterable[Path], start: float, end: float) -> Gathered:
     """Records of stores and of run directories whose month has a part in [start, end), seconds since 1970."""
-    found = Gathered()
+    found, database = Gathered(), cache(new_database)
     first, last = month_of(max(0.0, start)), month_of(min(end, 253e9))
     for store in dict.fromkeys(path.resolve() for path in stores):
         layout = StoreLayout(store)
-        months = {path.stem: path for path in sorted(layout.rolled_up.glob("*.parquet")) if first <= path.stem <= last}
-        files = list(store_files(layout, first, last))
-        for month, path in months.items():
-            here = [file for file in files if file.month == month]
-            if (rolled := read_rolled_up(path, store.stat().st_uid, found)) is not None:
+        files: dict[str, list[LedgerPath]] = {}
+        for file in store_files(layout, first, last):
+            files.setdefault(file.month, []).append(file)
+        for path in sorted(layout.rolled_up.glob("*.parquet")):
+            month = path.stem
+            if first <= month <= last and (rolled := read_rolled_up(path, store.stat().st_uid, found, database)):
+                here = files.get(month, [])
                 view = _compare(rolled, here, found)
                 found.months.append(view)
-                fresh = {file for file in here if file.key in view.files and file.key not in view.stale}
-                files = [file for file in files if file not in fresh]
-        for file in files:
+                files[month] = [file for file in here if file.key not in view.files or file.key in view.stale]
+        for file in chain.from_iterable(files.values()):
             read_file(file, found)
     for run in dict.fromkeys(path.resolve() for path in runs):
         for path in sorted((run / "ledger").glob("*/*.jsonl")):
@@ -101,10 +110,9 @@ def store_files(layout: StoreLayout, first: str, last: str) -> Iterator[LedgerPa
             for month in sorted(os.listdir(layout.ledger(uid))):
                 if first <= month <= last:
                     with suppress(OSError):
-                        names = sorted(os.listdir(layout.ledger(uid) / month))
-                        yield from (
-                            LedgerPath(layout.ledger(uid) / month / n, uid) for n in names if n.endswith(".jsonl")
-                        )
+                        folder = layout.ledger(uid) / month
+                        names = sorted(os.listdir(folder))
+                        yield from (LedgerPath(folder / name, uid) for name in names if name.endswith(".jsonl"))
 
 
 def read_file(file: LedgerPath, found: Gathered) -> bytes:
@@ -120,15 +128,31 @@ def read_file(file: LedgerPath, found: Gathered) -> bytes:
         reason = error.strerror if isinstance(error, OSError) else str(error)
         found.oddities.append(Oddity(file.path, f"left out: {reason}"))
         return b""
+    writer, month, key, is_afterwards = file.writer, file.month, file.key, file.is_afterwards
+    latest = -1
     for record in records_in(file.path, content, file.uid, found.oddities.append):
-        if record.writer != file.writer or month_of(record.t1) != file.month:
+        if record.writer != writer or month_of(record.t1) != month:
             found.oddities.append(Oddity(file.path, f"record {record.seq} is of another writer or month"))
+        elif record.seq <= latest:
+            found.oddities.append(Oddity(file.path, f"record {record.seq} after record {latest}: left out"))
         else:
-            found.records.append((record, file.key, file.is_afterwards))
+            found.records.append((record, key, is_afterwards))
+            latest = record.seq
     return content
 
 
-def read_rolled_up(path: Path, uid: int, found: Gathered) -> RolledUp | None:
+def new_database() -> duckdb.DuckDBPyConnection:
+    """An empty one in memory, that loads no code from elsewhere."""
+    import duckdb
+
+    num_threads = min(_MOST_THREADS, len(os.sched_getaffinity(0)))
+    closed = {"autoinstall_known_extensions": False, "autoload_known_extensions": False}
+    return duckdb.connect(config={**closed, "threads": num_threads})
+
+
+def read_rolled_up(
+    path: Path, uid: int, found: Gathered, database: Callable[[], duckdb.DuckDBPyConnection] = new_database
+) -> RolledUp | None:
     """What a month's file says of itself; None if it is not `uid`'s, or damaged."""
     import duckdb
 
@@ -136,7 +160,7 @@ def read_rolled_up(path: Path, uid: int, found: Gathered) -> RolledUp | None:
         fd, _ = open_trusted(path, frozenset({uid}))
         os.close(fd)
         query = "SELECT value FROM parquet_kv_metadata(?) WHERE key = 'hpckv'"
-        rows = duckdb.connect().execute(query, [str(path)]).fetchall()
+        rows = database().execute(query, [str(path)]).fetchall()
         files = json.loads(rows[0][0] if rows else b"")["files"]
         return RolledUp(path, {str(key): (int(length), str(last)) for key, (length, last) in files.items()})
     except (OSError, UnusableFileError, duckdb.Error, ValueError, KeyError, TypeError, AttributeError) as error:

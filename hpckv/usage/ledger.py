@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Iterator
+from functools import lru_cache
 from pathlib import Path
 
 import msgspec
@@ -21,7 +22,12 @@ MakeFolder = Callable[[Path], None]
 
 def month_of(t: float) -> str:
     """YYYY-MM, UTC."""
-    return time.strftime("%Y-%m", time.gmtime(t))
+    return _month_of_day(int(t // 86400))
+
+
+@lru_cache(maxsize=4096)
+def _month_of_day(day: int) -> str:
+    return time.strftime("%Y-%m", time.gmtime(day * 86400))
 
 
 class LedgerFile:
@@ -98,16 +104,15 @@ class Verified(msgspec.Struct):
 def verified_lines(content: bytes) -> Verified:
     """The longest beginning whose lines chain and match their digests."""
     lines: list[bytes] = []
-    start, prev = 0, ""
-    while (end := content.find(b"\n", start)) >= 0:
-        line = content[start:end]
-        own = line[-18:-2]
-        is_whole = line[-_CRC_AT:-18] == _CRC and digest(line[:-_CRC_AT]).encode() == own
-        if not is_whole or not line[:-_CRC_AT].endswith(b',"prev":"' + prev.encode() + b'"'):
+    length, prev = 0, ""
+    for line in content.split(b"\n")[:-1]:
+        hashed = blake3(line[:-_CRC_AT])
+        if not line.endswith(f',"prev":"{prev}","crc":"{hashed.hexdigest(8)}"}}'.encode()):
             break
         lines.append(line)
-        prev, start = digest(line), end + 1
-    return Verified(lines, start, prev)
+        length += len(line) + 1
+        prev = hashed.update(line[-_CRC_AT:]).hexdigest(8)  # of the whole line
+    return Verified(lines, length, prev)
 
 
 class _Version(msgspec.Struct):

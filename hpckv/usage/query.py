@@ -7,15 +7,16 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
-from typing import Any
-
-import numpy as np
+from typing import TYPE_CHECKING, Any
 
 from hpckv.usage.columns import COLUMNS, GROUPS, JOB, OF_WRITERS, WRITER_COLUMNS, Column, derived
 from hpckv.usage.gather import Gathered
 from hpckv.usage.points import PointsConfig
 from hpckv.usage.table import COLUMNS as TABLE
 from hpckv.usage.table import connect
+
+if TYPE_CHECKING:
+    import duckdb
 
 
 @dataclass(frozen=True)
@@ -54,9 +55,7 @@ class Accounts:
 
     def __init__(self, found: Gathered, points: PointsConfig, name_of: Callable[[int], str]) -> None:
         """`name_of` is the system's list of users: what a ledger says about that is not believed."""
-        self._con, self._points, self._name_of = connect(found), points, name_of
-        self._con.execute("CREATE TABLE names (uid BIGINT, name VARCHAR)")
-        self._con.execute("CREATE TABLE days (start DOUBLE, day VARCHAR)")
+        self._found, self._points, self._name_of = found, points, name_of
 
     def ask(self, question: Question) -> Answer:
         """The rows and their total."""
@@ -65,58 +64,62 @@ class Accounts:
         wanted = ", ".join(column.sql for column in columns)
         order = "min(t0)" if question.group in ("job", "day") else "sum(hit_tokens) DESC"
         source = f"({OF_WRITERS})" if question.group == "writer" else "rows"
-        self._select(question, f"{wanted} {grouping} {order} {source}")
-        rows = self._rows(f"SELECT {wanted} FROM {source} GROUP BY {grouping} ORDER BY {order}, {grouping}")
-        (total,) = self._rows(f"SELECT {wanted} FROM {source}")
-        ((unpriced,),) = self._rows("SELECT count(*) FROM rows WHERE price IS NULL") if self._points.prices else [[0]]
+        con = self._select(question, f"{wanted} {grouping} {order} {source}")
+        rows = _rows(con, f"SELECT {wanted} FROM {source} GROUP BY {grouping} ORDER BY {order}, {grouping}")
+        (total,) = _rows(con, f"SELECT {wanted} FROM {source}")
+        ((unpriced,),) = _rows(con, "SELECT count(*) FROM rows WHERE price IS NULL") if self._points.prices else [[0]]
         is_summed = [column.kind not in ("text", "time") for column in columns]
         return Answer(
             columns, rows, [v if summed else "" for v, summed in zip(total, is_summed, strict=True)], unpriced
         )
 
-    def _rows(self, sql: str) -> list[list[Any]]:
-        return [[_plain(value) for value in row] for row in self._con.execute(sql).fetchall()]
-
-    def _select(self, question: Question, asked: str) -> None:
-        """The table `rows`: the records that are asked about, with what the SQL `asked` needs."""
+    def _select(self, question: Question, asked: str) -> duckdb.DuckDBPyConnection:
+        """A database with the table `rows`: the records that are asked about, with what the SQL `asked` needs."""
         price, values = self._points.price_sql
         where, given = _conditions(question)
-        fields = [
-            name
-            for name in TABLE
-            if re.search(rf"\b{name}\b", f"{asked} {derived(self._points.cache, asked)} uid t0 t1")
-        ]
-        self._con.execute(
-            f"CREATE OR REPLACE TEMP TABLE priced AS SELECT {', '.join(fields)}, {price} AS price FROM records WHERE {where}",
+        rows = derived(self._points.cache, asked)
+        fields = _mentioned(f"{asked} {rows} uid t0 t1")
+        con = connect(self._found, _mentioned(f"{' '.join(fields)} {price} {where}"))
+        con.execute(
+            f"CREATE TABLE priced AS SELECT {', '.join(fields)}, {price} AS price FROM records WHERE {where}",
             [*values, *given],
         )
-        self._learn_names(with_writers="writer_name" in asked)
-        self._learn_days()
-        self._con.execute(f"CREATE OR REPLACE TEMP VIEW rows AS {derived(self._points.cache, asked)}")
+        if "names." in f"{asked} {rows}":
+            self._learn_names(con, with_writers="writer_name" in asked)
+        if "days." in rows:
+            _learn_days(con)
+        con.execute(f"CREATE VIEW rows AS {rows}")
+        return con
 
-    def _learn_names(self, *, with_writers: bool) -> None:
-        uids = {uid for (uid,) in self._con.execute("SELECT DISTINCT uid FROM priced").fetchall()}
+    def _learn_names(self, con: duckdb.DuckDBPyConnection, *, with_writers: bool) -> None:
+        uids = {uid for (uid,) in con.execute("SELECT DISTINCT uid FROM priced").fetchall()}
         if with_writers:
-            keys = self._con.execute(
+            keys = con.execute(
                 "SELECT DISTINCT unnest(json_keys(by_writer)) FROM priced WHERE by_writer <> '{}'"
             ).fetchall()
             uids |= {int(key) for (key,) in keys if key.isdecimal()}
-        self._con.execute("DELETE FROM names")
+        con.execute("CREATE TABLE names (uid BIGINT, name VARCHAR)")
         for uid in sorted(uids):
-            self._con.execute("INSERT INTO names VALUES (?, ?)", [uid, self._name_of(uid)])
+            con.execute("INSERT INTO names VALUES (?, ?)", [uid, self._name_of(uid)])
 
-    def _learn_days(self) -> None:
-        self._con.execute("DELETE FROM days")
-        ((first, last),) = self._con.execute("SELECT min(t1), max(t1) FROM priced").fetchall()
-        if first is not None:
-            days = list(_days(first, last))
-            starts = {
-                "start": np.array([day.timestamp() for day in days]),
-                "day": np.array([f"{d:%F}" for d in days], object),
-            }
-            self._con.register("starts", starts)
-            self._con.execute("INSERT INTO days SELECT start, day FROM starts")
-            self._con.unregister("starts")
+
+def _rows(con: duckdb.DuckDBPyConnection, sql: str) -> list[list[Any]]:
+    return [[_plain(value) for value in row] for row in con.execute(sql).fetchall()]
+
+
+def _mentioned(sql: str) -> list[str]:
+    """Of a record's fields."""
+    words = set(re.findall(r"\w+", sql))
+    return [name for name in TABLE if name in words]
+
+
+def _learn_days(con: duckdb.DuckDBPyConnection) -> None:
+    ((first, last),) = con.execute("SELECT min(t1), max(t1) FROM priced").fetchall()
+    days = [] if first is None else list(_days(first, last))
+    con.execute(
+        "CREATE TABLE days AS SELECT unnest(?::DOUBLE[]) AS start, unnest(?::VARCHAR[]) AS day",
+        [[day.timestamp() for day in days], [f"{day:%F}" for day in days]],
+    )
 
 
 def columns_of(names: Sequence[str], group: str) -> list[Column]:

@@ -7,6 +7,7 @@ import platform
 import pwd
 import secrets
 from collections.abc import Mapping
+from operator import attrgetter
 from typing import Any
 
 import msgspec
@@ -17,7 +18,7 @@ LARGEST = 2**53
 """Beyond it, JSON numbers of other programs are not exact."""
 
 
-class Counters(msgspec.Struct):
+class Counters(msgspec.Struct, gc=False):  # no cycles: the collector need not look at a million of them
     """What adds up. Tokens of requests are counted when these are answered."""
 
     requests: int = 0
@@ -51,7 +52,7 @@ class Counters(msgspec.Struct):
         return not (self.requests or self.failed)
 
 
-class Record(Counters, kw_only=True):
+class Record(Counters, kw_only=True, gc=False):
     """One line: who, when, how much. A writer's first one, with nothing in it, is the pattern of its others."""
 
     writer: str
@@ -112,16 +113,14 @@ class Record(Counters, kw_only=True):
         """Why it must not be counted, whoever wrote it; empty if it may."""
         if self.v != VERSION:
             return f"version {self.v}, this program knows {VERSION}"
-        if set(self.cached) - set(TIERS):
+        if not self.cached.keys() <= _TIERS:
             return f"unknown tiers: {', '.join(sorted(set(self.cached) - set(TIERS)))}"
         if self.prompt_tokens != sum(self.cached.values()) + self.computed_tokens:
             return f"{self.prompt_tokens} prompt tokens are not the cached and the computed ones"
-        numbers = [self.seq]
-        for name in Counters.__struct_fields__:
-            value = getattr(self, name)
-            if name != "saved_gpu_s":
-                numbers += value.values() if isinstance(value, dict) else [value]
-        if not all(0 <= number <= LARGEST for number in numbers) or not abs(self.saved_gpu_s) <= LARGEST:
+        numbers = [*_plain_numbers(self)]
+        for mapping in filter(None, _mappings(self)):
+            numbers += mapping.values()
+        if min(numbers) < 0 or max(numbers) > LARGEST or abs(self.saved_gpu_s) > LARGEST:
             return "a number out of range"
         if not 0 <= self.t0 <= self.t1 <= LARGEST:
             return "ends before it begins"
@@ -130,6 +129,11 @@ class Record(Counters, kw_only=True):
 
 IN_ORDER = Record.__struct_fields__[len(Counters.__struct_fields__) : -1] + Counters.__struct_fields__ + ("prev",)
 """Of a line's fields."""
+_TIERS = frozenset(TIERS)
+_mappings = attrgetter(*(f.name for f in msgspec.structs.fields(Counters) if f.type not in (int, float)))
+_plain_numbers = attrgetter(
+    "seq", *(f.name for f in msgspec.structs.fields(Counters) if f.type in (int, float) and f.name != "saved_gpu_s")
+)
 
 
 def _minus(now: Any, before: Any) -> Any:

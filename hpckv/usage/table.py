@@ -2,26 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Collection, Iterable, Sequence
+from functools import partial
+from operator import attrgetter
+from typing import TYPE_CHECKING, Any
 
-import duckdb
 import msgspec
-import numpy as np
 
-from hpckv.usage.gather import Gathered
+from hpckv.usage.gather import Gathered, new_database
 from hpckv.usage.record import TIERS, Record
 
+if TYPE_CHECKING:
+    import duckdb
+
 _json = msgspec.json.Encoder().encode
-Get = Callable[[Record], Any]
-
-
-def _part(name: str, tier: str) -> Get:
-    return lambda record: getattr(record, name).get(tier, 0)
+Get = Callable[[Iterable[Record]], Iterable[Any]]
 
 
 def _field(name: str) -> Get:
-    return lambda record: getattr(record, name)
+    return partial(map, attrgetter(name))
+
+
+def _part(name: str, tier: str) -> Get:
+    mappings = _field(name)
+    return lambda records: (mapping.get(tier, 0) for mapping in mappings(records))
 
 
 _KINDS = {str: "VARCHAR", str | None: "VARCHAR", int: "BIGINT", int | None: "BIGINT", float: "DOUBLE"}
@@ -29,28 +33,28 @@ _PARTS = {"cached": TIERS, "read_bytes": TIERS[1:], "written_bytes": TIERS[1:]}
 COLUMNS: dict[str, tuple[str, Get]] = {
     **{f.name: (_KINDS[f.type], _field(f.name)) for f in msgspec.structs.fields(Record) if f.type in _KINDS},
     **{f"{name}_{tier}": ("BIGINT", _part(name, tier)) for name, tiers in _PARTS.items() for tier in tiers},
-    "array_task": ("BIGINT", lambda record: -1 if record.array_task is None else record.array_task),
-    "by_writer": ("VARCHAR", lambda record: _json(record.by_writer).decode()),
+    "array_task": ("BIGINT", lambda records: (-1 if r.array_task is None else r.array_task for r in records)),
+    "by_writer": ("VARCHAR", lambda records: (_json(r.by_writer).decode() for r in records)),
 }
-"""Type, and a record's value."""
-_DTYPES = {"VARCHAR": object, "BIGINT": np.int64, "DOUBLE": np.float64}
+"""Type, and records' values."""
 
 
-def connect(found: Gathered) -> duckdb.DuckDBPyConnection:
+def connect(found: Gathered, columns: Collection[str] = COLUMNS.keys()) -> duckdb.DuckDBPyConnection:
     """A database with the view `records`, each `(writer, seq)` once: the writer's own before one written afterwards.
 
-    Beside a record's fields it has `file`, the ledger file's name, and `is_after`. Rolled-up months are read when they are asked
-    about, and of them only the columns that are.
+    It has those of a record's fields that are in `columns`; beside them `file`, the ledger file's name, and `is_after`.
+    Rolled-up months are read when they are asked about, and of them only what is.
     """
-    con = duckdb.connect(config={"autoinstall_known_extensions": False, "autoload_known_extensions": False})
-    types = ", ".join(f"{name} {kind}" for name, (kind, _) in COLUMNS.items())
-    con.execute(f"CREATE TABLE fresh ({types}, file VARCHAR, is_after BOOLEAN)")
-    names = ", ".join([*COLUMNS, "file", "is_after"])
+    con = new_database()
+    months = [str(month.path) for month in found.months]
+    has_afterwards = any(is_after for _, _, is_after in found.records) or (
+        months and con.execute("SELECT count(*) FROM read_parquet(?) WHERE is_after", [months]).fetchall() != [(0,)]
+    )
+    needed = {*columns, "writer", "seq"} if has_afterwards else {*columns}
+    names = ", ".join([*(name for name in COLUMNS if name in needed), "file", "is_after"])
+    con.execute(f"CREATE TABLE fresh ({', '.join(f'{name} {kind}' for name, kind in _types(needed).items())})")
     if found.records:
-        batch = _arrays([record for record, _, _ in found.records])
-        batch["file"] = np.array([file for _, file, _ in found.records], dtype=object)
-        batch["is_after"] = np.array([is_after for _, _, is_after in found.records], dtype=bool)
-        con.register("batch", batch)
+        con.register("batch", _arrays(found.records, needed))
         con.execute(f"INSERT INTO fresh SELECT {names} FROM batch")
         con.unregister("batch")
     con.execute("CREATE TABLE stale (path VARCHAR, file VARCHAR)")
@@ -62,10 +66,12 @@ def connect(found: Gathered) -> duckdb.DuckDBPyConnection:
         where = f" WHERE file NOT IN (SELECT file FROM stale WHERE path = {path})" if month.stale else ""
         parts.append(f"SELECT {names} FROM read_parquet({path}){where}")
     con.execute(f"CREATE VIEW everything AS {' UNION ALL '.join(parts)}")
-    ((num_after,),) = con.execute("SELECT count(*) FROM everything WHERE is_after").fetchall()
-    own = "(SELECT (writer, seq) FROM everything WHERE NOT is_after)"
-    where = f" WHERE NOT is_after OR (writer, seq) NOT IN {own}" if num_after else ""
-    con.execute(f"CREATE VIEW records AS SELECT * FROM everything{where}")
+    own = "SELECT * FROM everything WHERE NOT is_after"
+    afterwards = (
+        f"SELECT * FROM everything WHERE is_after AND (writer, seq) NOT IN (SELECT (writer, seq) FROM ({own})) "
+        "QUALIFY row_number() OVER (PARTITION BY writer, seq ORDER BY file) = 1"
+    )
+    con.execute(f"CREATE VIEW records AS {f'{own} UNION ALL {afterwards}' if has_afterwards else 'FROM everything'}")
     return con
 
 
@@ -73,8 +79,22 @@ def _quoted(text: str) -> str:
     return "'" + text.replace("'", "''") + "'"
 
 
-def _arrays(records: Sequence[Record]) -> dict[str, Any]:
+def _types(columns: Collection[str]) -> dict[str, str]:
     return {
-        name: np.array([get(record) for record in records], dtype=_DTYPES[kind])
-        for name, (kind, get) in COLUMNS.items()
+        **{name: kind for name, (kind, _) in COLUMNS.items() if name in columns},
+        "file": "VARCHAR",
+        "is_after": "BOOLEAN",
     }
+
+
+def _arrays(found: Sequence[tuple[Record, str, bool]], columns: Collection[str]) -> dict[str, Any]:
+    import numpy as np  # here, as rolled-up months need none
+
+    dtypes = {"VARCHAR": object, "BIGINT": np.int64, "DOUBLE": np.float64}
+    records, files, are_after = zip(*found, strict=True)
+    arrays = {
+        name: np.fromiter(get(records), dtypes[kind], len(records))
+        for name, (kind, get) in COLUMNS.items()
+        if name in columns
+    }
+    return {**arrays, "file": np.array(files, dtype=object), "is_after": np.array(are_after, dtype=bool)}

@@ -6,6 +6,7 @@ import sys
 
 import pytest
 
+from hpckv.cli.app import VERBS as VERB_HOMES
 from tests.cli.runs import hpckv
 
 VERBS = [
@@ -71,3 +72,28 @@ def test_the_parameter_count_is_that_of_the_file(family, checkpoint):
     with safe_open(folder / "model.safetensors", "np") as file:
         wanted = sum(file.get_tensor(name).size for name in file.keys())  # noqa: SIM118
     assert read_config(folder).num_parameters == wanted
+
+
+def test_a_command_imports_no_other_command_s_parts():
+    code = (
+        "import sys; sys.argv = ['hpckv', 'acct', '--help']\n"
+        "from hpckv.cli.main import main\n"
+        "try: main()\n"
+        "except SystemExit: print(sorted({'numpy', 'h5py', 'hpckv.cli.run', 'rich.progress'} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert done.stdout.splitlines()[-1] == "[]", done.stdout + done.stderr
+
+
+def test_all_verbs_are_listed_with_what_they_do_and_a_wrong_one_is_answered_with_the_nearest():
+    listed = hpckv("--help").stdout.partition("Commands:")[2].splitlines()
+    assert [line.split()[0] for line in listed if line] == list(VERB_HOMES)
+    assert all(len(line.split()) > 3 for line in listed if line)
+    wrong = hpckv("storr")
+    assert (wrong.returncode, "Did you mean 'store'?" in wrong.stderr) == (64, True)
+
+
+def test_every_name_of_the_store_package_is_there():
+    import hpckv.store
+
+    assert all(getattr(hpckv.store, name) for name in hpckv.store.__all__)

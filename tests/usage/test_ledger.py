@@ -92,6 +92,17 @@ def test_nothing_after_a_changed_byte_counts(tmp_path):
     assert len(odd) == 1
 
 
+def test_any_changed_byte_costs_its_line_and_what_follows(tmp_path):
+    path = written(tmp_path).path
+    whole = path.read_bytes()
+    for at in range(len(whole)):
+        content = bytearray(whole)
+        content[at] ^= 1
+        found, odd = read(path, bytes(content))
+        assert [r.seq for r in found] == list(range(whole.count(b"\n", 0, at))), at
+        assert len(odd) == 1
+
+
 def test_lines_out_of_order_left_out_or_twice_do_not_verify(tmp_path):
     path = written(tmp_path).path
     a, b, c, d = path.read_bytes().splitlines(keepends=True)

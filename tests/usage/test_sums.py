@@ -4,6 +4,7 @@ import os
 import random
 import shutil
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -13,7 +14,7 @@ import pytest
 from hpckv.store.policy import StorePolicy
 from hpckv.store.root import StoreRoot
 from hpckv.usage.columns import COLUMNS, WRITER_COLUMNS
-from hpckv.usage.gather import gather
+from hpckv.usage.gather import Gathered, gather
 from hpckv.usage.ledger import LedgerFile, digest, encode
 from hpckv.usage.points import PointsConfig, Price
 from hpckv.usage.query import Accounts, Question
@@ -25,7 +26,7 @@ pytestmark = pytest.mark.root
 JULY = datetime(2026, 7, 1, tzinfo=UTC).timestamp()
 END = datetime(2026, 11, 15, tzinfo=UTC).timestamp()
 UIDS = (2001, 2002, 2003)
-NAMES = {2001: "alice", 2002: "bob", 2003: "carol"}
+NAMES = {2001: "alice", 2002: "bob", 2003: "carol", **{uid: f"user{uid}" for uid in range(2004, 2041)}}
 SUMS = ("requests", "prompt_tokens", "computed_tokens", "output_tokens", "written_tokens")
 
 
@@ -51,11 +52,11 @@ class Truth:
         self.by_writer.update({int(uid): tokens for uid, tokens in record.by_writer.items()})
 
 
-def random_counters(rng: random.Random) -> Counters:
+def random_counters(rng: random.Random, uids: Sequence[int] = UIDS) -> Counters:
     cached = {tier: rng.randrange(1000) for tier in TIERS if rng.random() < 0.5}
     loaded = sum(count for tier, count in cached.items() if tier != "device")
     mine = rng.randrange(loaded + 1)
-    by_writer = {str(rng.choice(UIDS)): mine, "2001": loaded - mine} if loaded else {}
+    by_writer = {str(rng.choice(uids)): mine, "2001": loaded - mine} if loaded else {}
     computed = rng.randrange(1000)
     return Counters(
         requests=rng.randrange(10),
@@ -93,11 +94,16 @@ def make_past(store: StoreRoot, *, num_writers: int, num_records: int, seed: int
             file.append(counters, now=t)
             truth.add(pattern.with_counters(counters, seq=0, t0=t - 60, t1=round(t, 3), prev=""), job)
         file.close()
-    for uid in UIDS:
+    give_away(store, UIDS)
+    return truth
+
+
+def give_away(store: StoreRoot, uids: Sequence[int]) -> None:
+    """Each user's folder to that user."""
+    for uid in uids:
         store.layout.user(uid).mkdir(exist_ok=True)
         for path in [store.layout.user(uid), *store.layout.user(uid).rglob("*")]:
             os.chown(path, uid, -1)
-    return truth
 
 
 @pytest.fixture
@@ -105,14 +111,18 @@ def store(tmp_path) -> StoreRoot:
     return StoreRoot.create(tmp_path / "store", StorePolicy.new())
 
 
-def ask(store: StoreRoot, **more):
+def everything(store: StoreRoot) -> Gathered:
+    return gather([store.layout.root], [], JULY - 1, END + 1)
+
+
+def ask(store: StoreRoot, found: Gathered | None = None, **more):
     question = Question(**{"start": JULY - 1, "end": END + 1, **more})
-    found = gather([store.layout.root], [], question.start, question.end)
+    found = found or gather([store.layout.root], [], question.start, question.end)
     points = PointsConfig(prices=[Price(gpu="H100", per_node_hour=12.0, gpus_per_node=4)])
     return Accounts(found, points, NAMES.__getitem__).ask(question), found
 
 
-def rows_by(store: StoreRoot, group: str, key: str) -> dict[str, Counter]:
+def rows_by(store: StoreRoot, found: Gathered, group: str, key: str) -> dict[str, Counter]:
     wanted = [
         key,
         "Requests",
@@ -125,22 +135,23 @@ def rows_by(store: StoreRoot, group: str, key: str) -> dict[str, Counter]:
         "LocalTok",
         "SharedTok",
     ]
-    answer, _ = ask(store, group=group, columns=[COLUMNS[name.lower()] for name in wanted])
+    answer, _ = ask(store, found, group=group, columns=[COLUMNS[name.lower()] for name in wanted])
     names = (*SUMS, *TIERS)
     return {row[0]: Counter(dict(zip(names, row[1:], strict=True))) for row in answer.rows}
 
 
-def check(store: StoreRoot, truth: Truth) -> None:
-    assert rows_by(store, "user", "UID") == {str(uid): sums for uid, sums in truth.by_user.items()}
-    assert rows_by(store, "job", "JobID") == truth.by_job
-    assert rows_by(store, "model", "Model") == truth.by_model
-    assert rows_by(store, "day", "Day") == truth.by_day
-    answer, _ = ask(store, group="writer", columns=[WRITER_COLUMNS[name] for name in ("writer", "loadedtok")])
+def check(store: StoreRoot, truth: Truth, *, num_oddities: int = 0) -> None:
+    found = everything(store)
+    assert rows_by(store, found, "user", "UID") == {str(uid): sums for uid, sums in truth.by_user.items()}
+    assert rows_by(store, found, "job", "JobID") == truth.by_job
+    assert rows_by(store, found, "model", "Model") == truth.by_model
+    assert rows_by(store, found, "day", "Day") == truth.by_day
+    answer, _ = ask(store, found, group="writer", columns=[WRITER_COLUMNS[name] for name in ("writer", "loadedtok")])
     assert dict(answer.rows) == {NAMES[uid]: tokens for uid, tokens in truth.by_writer.items()}
-    answer, found = ask(store, group="user")
+    answer, _ = ask(store, found, group="user")
     columns = [column.name for column in answer.columns]
     assert answer.total[columns.index("PromptTok")] == truth.total["prompt_tokens"]
-    assert not found.oddities
+    assert len(found.oddities) == num_oddities
 
 
 def test_sums_are_the_truth_also_rolled_up_and_with_users_folders_gone(store):
