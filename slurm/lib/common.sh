@@ -13,6 +13,7 @@
 #   HPCKV_MPI       srun --mpi=...; pmi2 where srun offers it, else ranks find each other without MPI
 #   HPCKV_RUN_DIR   the run directory; what has to be remembered between starts is remembered there
 #   HPCKV_CONTINUE  and HPCKV_ATTEMPTS, HPCKV_MAX_...: what to do when the time is up, see continue.sh
+#   HPCKV_SITE_SH   shell code of the site, set by itself when it is sourced before sbatch: see ../site/example.sh
 #
 # Scripts of `hpckv submit` also set, for themselves only: hpckv_folder, theirs in the run directory; hpckv_sbatch, options of sbatch that
 # a header cannot hold; hpckv_srun, options of srun; hpckv_paths, what the image must see.
@@ -36,6 +37,20 @@ trap 'hpckv_ended=1; [ -z "$hpckv_step" ] || kill -TERM "$hpckv_step"' TERM INT
 
 # shellcheck source=lib/continue.sh
 . "$hpckv_lib/continue.sh" || exit 66
+
+# What this site does differently. Its code is for where sbatch is called and for jobs, and tells them apart by hpckv_in_job.
+hpckv_load_site() {
+    [ -n "${HPCKV_SITE_SH:-}" ] || return 0
+    if ! [ -r "$HPCKV_SITE_SH" ]; then
+        hpckv_say "HPCKV_SITE_SH=$HPCKV_SITE_SH: no such file on $(hostname)"
+        return 66
+    fi
+    # shellcheck source=site/example.sh
+    . "$HPCKV_SITE_SH"
+}
+# shellcheck disable=SC2034 # for the site's code
+hpckv_in_job=1
+hpckv_load_site || exit
 
 # The command line before `run`, into the array hpckv_command.
 hpckv_find_command() {
