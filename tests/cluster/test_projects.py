@@ -137,6 +137,9 @@ def test_every_script_does_what_it_says(site: Site, model, shared_image, store):
     as_it_is = {**elsewhere, "HPCKV_QUANTIZATION": "none"}
     assert submit("single_h100_fp8.sh", run_file, **as_it_is) == {("COMPLETED", "0:0")}, site.logs()
     assert json.loads((run_file.parent / "h100" / "provenance.json").read_text())["host"] == "h100-0"
+    measured = submit("bench_load_or_recompute.sh", run_file, "--lengths", "32,64", "--size", "16MiB")
+    assert measured == {("COMPLETED", "0:0")}, site.logs()
+    assert "prefill_tokens_per_s: " in site.logs()
     disk = site.cluster.folder / "tmp" / "v100-0"
     staged = submit("stage_model.sh", model, partition="v100", HPCKV_LOCAL=str(disk))
     assert staged == {("COMPLETED", "0:0")}, site.logs()
