@@ -96,7 +96,7 @@ def _read(
         return TierReads(tier.name, place, trouble="takes no blocks: it is full, beyond a quota, or only to be read")
     alone = TieredStore([tier], epoch_key=store.epoch_key, deadline_s=_DEADLINE_S, buffers=store.buffers)
     keys = [block.key for block in blocks]
-    seconds = {}
+    seconds = dict[int, float]()
     for count in counts:
         found = []
         for _ in range(_ROUNDS):
