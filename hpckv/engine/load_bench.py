@@ -124,8 +124,9 @@ def measure(
         decode = _decode_rate(one, max(1, requests))
         step()
         steps = [n for n in prefill_s if n <= engine.max_batch_tokens] or [min(prefill_s)]
+        device = one.rank.capability
         return LoadBench(
-            gpu=one.rank.capability.name,
+            gpu=device.name if device.kind == "cuda" else device.kind,  # as the ledger calls it
             model=Path(settings.path).resolve().name,
             dtype=one.rank.dtype_name,
             block_tokens=size,
