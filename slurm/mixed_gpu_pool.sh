@@ -23,6 +23,8 @@ set -u
 export HPCKV_HOME
 # Called from inside a job: its variables would pin these to its resources.
 for name in $(compgen -e | grep -E '^(SLURM|SBATCH_|SRUN_|PMI|PMIX|OMPI)' | grep -vx SLURM_CONF); do unset "$name"; done
+# shellcheck source=site/example.sh
+[ -z "${HPCKV_SITE_SH:-}" ] || . "$HPCKV_SITE_SH" || exit 66
 code=0
 for pool in "${pools[@]}"; do
     read -r constraint partition jobs image <<<"$pool"

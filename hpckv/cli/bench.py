@@ -1,4 +1,4 @@
-"""`hpckv bench`: what can be measured or proved on this machine in a minute. No torch."""
+"""`hpckv bench`: what can be measured or proved on this machine in a minute or two. No torch at import."""
 
 from __future__ import annotations
 
@@ -9,9 +9,11 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from hpckv.cli.bench_load import load
 from hpckv.cli.show import print_facts, progress
 
 bench_app = typer.Typer(help="Measure and prove on this machine.", no_args_is_help=True, rich_markup_mode=None)
+bench_app.command()(load)
 EXIT_UNEXPECTED = 3
 
 

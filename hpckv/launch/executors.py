@@ -62,7 +62,10 @@ class BatchExecutor(submitit.SlurmExecutor):
 
     def _make_submission_file_text(self, command: str, uid: str) -> str:
         text: str = super()._make_submission_file_text(command, uid)
-        return re.sub(rf"#SBATCH --(output|error)={_ON_COMMAND_LINE}\n", "", text)
+        text = re.sub(rf"#SBATCH --(output|error)={_ON_COMMAND_LINE}\n", "", text)
+        # submitit writes some whether asked or not.
+        omitted = "|".join(map(re.escape, self._script.slurm.omit))
+        return re.sub(rf"#SBATCH --({omitted})(=.*)?\n", "", text) if omitted else text
 
     def _make_submission_command(self, submission_file_path: Path) -> list[str]:
         return ["sbatch", *self._script.arguments, str(submission_file_path)]

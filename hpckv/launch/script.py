@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import math
 import shlex
 from collections.abc import Sequence
@@ -79,6 +80,13 @@ class BatchScript:
         for name, value in asked.items():
             if "\n" in str(value):
                 raise ConfigError(f"slurm.{name.replace('-', '_')}: a line's end in it cannot be told to Slurm")
+        for name in slurm.omit:
+            if name not in asked:
+                near = difflib.get_close_matches(name, asked, 1)
+                raise ConfigError(
+                    f"slurm.omit: {name} is not asked for{f'; did you mean {near[0]!r}?' if near else ''}"
+                )
+            asked[name] = None
         return asked
 
     @property

@@ -119,7 +119,7 @@ def read_points(site: Path | None) -> PointsConfig:
     """The `points:` section; all defaults without a site file. Raises `ConfigError`, `MissingInputError`."""
     if site is None:
         return PointsConfig()
-    return convert(read_yaml(site).get("points", {}), PointsConfig, f"{site}: points")
+    return convert(read_yaml(site).get("points") or {}, PointsConfig, f"{site}: points")
 
 
 def _start_of(day: str) -> float:

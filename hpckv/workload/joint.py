@@ -33,6 +33,7 @@ from hpckv.workload.queue import MERGE, Heart, Item, QueuePlan, View, Worker, Wo
 from hpckv.workload.routing import cut_subtrees, num_common
 from hpckv.workload.runfile import RunConfig
 from hpckv.workload.share import Share
+from hpckv.workload.starting import Starting
 from hpckv.workload.starts import note_start
 from hpckv.workload.summary import Summary, engine_record
 
@@ -81,7 +82,7 @@ class _JoinedRun:
         self._plan = self._queue.plan or QueuePlan("", 0, [])
         self._share = Share(self._queue, engine, self._start)
         self._place: dict[str, int] = {}
-        self._summary = Summary(0)
+        self._summary, self._starting = Summary(0), Starting()
 
     def run(self, drain: Drain) -> int:
         """Until the round is over, or a drain is asked for."""
@@ -101,6 +102,7 @@ class _JoinedRun:
             if not drain.requested:
                 self._engine.load(self._plan.max_tokens_in_use)
                 self._summary.loaded_s = time.monotonic() - started
+                self._starting.mark("loaded")
                 self._write_provenance()
                 while not self._is_drained(drain):
                     self._answer(drain, heart)
@@ -212,6 +214,7 @@ class _JoinedRun:
                 usage = answer.usage
                 progress.answered(usage.prompt_tokens, usage.cached_tokens, usage.completion_tokens)
             self._share.answered(answer.request_id)
+            self._starting.mark("last_answer")
         if failures:
             self._summary.failed += failures
             text = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in self._summary.failed)
@@ -258,7 +261,7 @@ class _JoinedRun:
 
     def _write_summary(self) -> None:
         """This worker's, and the sum of all that there are: the last to end leaves the whole."""
-        own = {**self._summary.sums, **engine_record(self._engine)}
+        own = {**self._summary.sums, "times": self._starting.record, **engine_record(self._engine)}
         folder = self._queue.folder / "workers"
         write_file(folder / f"{self._worker.name}.summary.json", json.dumps(own, indent=2))
         records = {path.name: json.loads(path.read_bytes()) for path in sorted(folder.glob("*.summary.json"))}

@@ -38,6 +38,7 @@ from hpckv.workload.provenance import provenance
 from hpckv.workload.queue import open_parts
 from hpckv.workload.routing import cut_subtrees
 from hpckv.workload.runfile import RunConfig
+from hpckv.workload.starting import Starting
 from hpckv.workload.starts import note_start
 from hpckv.workload.summary import Summary, describe_store
 from hpckv.workload.unrecorded import account_for_earlier_starts
@@ -58,7 +59,7 @@ def run_batch(config: RunConfig, options: RunOptions, drain: Drain, world: World
     if not world.is_router:
         follow(config, drain, world)
         return EXIT_OK
-    started = time.monotonic()
+    starting = Starting()
     batch = read_batch(Path(config.input), config.sampling)
     report_input(batch, config.input, options)
     directory = _make_run_directory(Path(config.output))
@@ -68,7 +69,7 @@ def run_batch(config: RunConfig, options: RunOptions, drain: Drain, world: World
         return run_joined(config, options, _make_engine(config, world), batch, directory, drain)
     lock = RunLock(directory)
     try:
-        return _run_locked(config, options, drain, batch, directory, started, world)
+        return _run_locked(config, options, drain, batch, directory, starting, world)
     finally:
         lock.release()
 
@@ -79,7 +80,7 @@ def _run_locked(
     drain: Drain,
     batch: BatchInput,
     directory: Path,
-    started: float,
+    starting: Starting,
     world: World,
 ) -> int:
     if open_parts(directory):
@@ -96,6 +97,7 @@ def _run_locked(
 
     from hpckv.workload.replicas import Router
 
+    starting.mark("imported")
     engine = _make_engine(config, world)
     router = Router(engine, world)
     left = [line for line in batch.lines if line.custom_id not in output.done]
@@ -109,8 +111,10 @@ def _run_locked(
         write_file(directory / "plan.json", json.dumps({**plan.summary, "lines": _planned_ids(plan, work)}, indent=1))
         _look_ahead(summary, engine, [work[number] for number in plan.order], config)
         if work and not drain.requested:
+            starting.mark("checked")
             _start(router, work, plan, config)
-            summary.loaded_s = time.monotonic() - started
+            summary.loaded_s = starting.seconds
+            starting.mark("loaded")
             write_file(directory / "provenance.json", json.dumps(provenance(config, engine), indent=2))
             with RunProgress(len(batch.lines), len(output.done), is_quiet=options.is_quiet) as progress:
                 _answer(router, engine, [w.line for w in work], output, drain, progress, summary)
@@ -125,7 +129,7 @@ def _run_locked(
             engine.close()
     router.close()
     summary.replicas = router.records
-    summary.seconds = time.monotonic() - started
+    summary.seconds, summary.times = starting.seconds, starting.record
     if engine.is_loaded:
         write_file(directory / "provenance.json", json.dumps(provenance(config, engine), indent=2))
     write_file(directory / "summary.json", json.dumps(summary.record(plan), indent=2))

@@ -69,6 +69,8 @@ class SlurmConfig(Config, frozen=True):
     """Lines of bash before anything else, for example `module load apptainer`."""
     sbatch: list[str] = []
     """Further options of sbatch, like those after `--` on the command line."""
+    omit: list[str] = []
+    """Options that the site's sbatch refuses, by their long names, for example `ntasks-per-node`: left out of the script."""
     srun: list[str] = []
     """Further options of srun."""
     continuation: Literal["requeue", "chain", "none"] = "requeue"
@@ -164,6 +166,7 @@ class RunConfig(Config, frozen=True):
     """Site file; its `defaults:` section holds run file sections of lower precedence."""
 
 
+SITE_SECTIONS = ("defaults", "points", "rates")
 ENVIRONMENT = {
     "HPCKV_STORE": "store.shared",
     "HPCKV_LOCAL": "store.local",
@@ -200,13 +203,23 @@ def load_run(
     return convert(content, RunConfig, str(path))
 
 
+def read_site(site: Path) -> dict[str, Any]:
+    """A site file; raises `ConfigError` for a section that there is none of, `MissingInputError`."""
+    content = read_yaml(site)
+    for name in content:
+        if name not in SITE_SECTIONS:
+            raise ConfigError(f"{site}: {name}: unknown section; a site file has {', '.join(SITE_SECTIONS)}")
+    return content
+
+
 def _site_defaults(site: object) -> dict[str, Any]:
     if not isinstance(site, str):
         raise ConfigError(f"site: expected the path of a site file, got {site!r}")
-    defaults = read_yaml(Path(site)).get("defaults", {})
+    defaults = read_site(Path(site)).get("defaults") or {}
     if not isinstance(defaults, dict):
         raise ConfigError(f"{site}: defaults: expected run file sections")
-    return defaults
+    # A section of which every line is commented out.
+    return {name: section for name, section in defaults.items() if section is not None}
 
 
 def _merge(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:

@@ -104,6 +104,8 @@ class Summary:
         self.cached: Counter[str] = Counter()
         self.failed: list[dict[str, Any]] = []
         self.loaded_s = self.first_answer_s = self.answering_s = self.seconds = 0.0
+        self.times: dict[str, float] = {}
+        """Moments of the start (`Starting`)."""
         self.replicas: list[dict[str, Any]] = []
         """Their `engine_record`s."""
         self.expected: Forecast | None = None
@@ -167,7 +169,10 @@ class Summary:
 
     def record(self, plan: RunPlan) -> dict[str, Any]:
         """All of it as plain data; with one replica its counters stand beside the run's."""
-        sums = {**self.sums, "least_prefill_tokens": plan.least_prefill_tokens}
+        times = self.times
+        if self.answered and "loaded" in times:
+            times = {**times, "first_answer": round(times["loaded"] + self.first_answer_s, 3)}
+        sums = {**self.sums, "least_prefill_tokens": plan.least_prefill_tokens, "times": times}
         if len(self.replicas) == 1:
             return {**sums, **self.replicas[0]}
         return {**sums, "replicas": self.replicas}

@@ -13,6 +13,7 @@
 #   HPCKV_MPI       srun --mpi=...; pmi2 where srun offers it, else ranks find each other without MPI
 #   HPCKV_RUN_DIR   the run directory; what has to be remembered between starts is remembered there
 #   HPCKV_CONTINUE  and HPCKV_ATTEMPTS, HPCKV_MAX_...: what to do when the time is up, see continue.sh
+#   HPCKV_SITE_SH   shell code of the site, set by itself when it is sourced before sbatch: see ../site/example.sh
 #
 # Scripts of `hpckv submit` also set, for themselves only: hpckv_folder, theirs in the run directory; hpckv_sbatch, options of sbatch that
 # a header cannot hold; hpckv_srun, options of srun; hpckv_paths, what the image must see.
@@ -26,6 +27,14 @@ hpckv_step=''     # the process that works
 hpckv_drain=''    # it is to stop because the time is up
 hpckv_ended=''    # it is to stop because somebody says so
 
+# hpckv_note_time NAME: when a part of the start began, for summary.json.
+hpckv_note_time() {
+    local now=${EPOCHREALTIME:-$(date +%s.%N)} # bash 5 has it, with the comma of some languages
+    export HPCKV_TIMES="${HPCKV_TIMES:-} $1=${now/,/.}"
+}
+HPCKV_TIMES=''
+hpckv_note_time script
+
 hpckv_say() { printf 'hpckv: %s\n' "$*" >&2; }
 
 # From the first moment: without a trap the signal would end the script.
@@ -36,6 +45,20 @@ trap 'hpckv_ended=1; [ -z "$hpckv_step" ] || kill -TERM "$hpckv_step"' TERM INT
 
 # shellcheck source=lib/continue.sh
 . "$hpckv_lib/continue.sh" || exit 66
+
+# What this site does differently. Its code is for where sbatch is called and for jobs, and tells them apart by hpckv_in_job.
+hpckv_load_site() {
+    [ -n "${HPCKV_SITE_SH:-}" ] || return 0
+    if ! [ -r "$HPCKV_SITE_SH" ]; then
+        hpckv_say "HPCKV_SITE_SH=$HPCKV_SITE_SH: no such file on $(hostname)"
+        return 66
+    fi
+    # shellcheck source=site/example.sh
+    . "$HPCKV_SITE_SH"
+}
+# shellcheck disable=SC2034 # for the site's code
+hpckv_in_job=1
+hpckv_load_site || exit
 
 # The command line before `run`, into the array hpckv_command.
 hpckv_find_command() {
@@ -76,12 +99,23 @@ hpckv_mpi() {
 # Caches that libraries would put into $HOME, on this node and gone with the job: shared ones corrupt each other. Under a name that nobody
 # can guess: what is compiled there is run.
 hpckv_redirect_caches() {
-    hpckv_cache=$(mktemp -d "${SLURM_TMPDIR:-${TMPDIR:-/tmp}}/hpckv-cache-XXXXXXXX") || return
+    local place
+    # ~/.local would hide the image's packages, and a file named like a module in the folder the job was submitted from the module.
+    export HF_HUB_OFFLINE=1 TRANSFORMERS_OFFLINE=1 PYTHONNOUSERSITE=1 PYTHONSAFEPATH=1
+    hpckv_cache=''
+    for place in "${SLURM_TMPDIR:-}" "${TMPDIR:-}" /tmp; do
+        [ -n "$place" ] || continue
+        hpckv_cache=$(mktemp -d "$place/hpckv-cache-XXXXXXXX") && break
+        hpckv_say "no caches in $place; the next place is tried"
+    done
+    [ -n "$hpckv_cache" ] || return 0
     export TRITON_CACHE_DIR=$hpckv_cache/triton TORCHINDUCTOR_CACHE_DIR=$hpckv_cache/inductor CUDA_CACHE_PATH=$hpckv_cache/cuda
     export TORCH_EXTENSIONS_DIR=$hpckv_cache/extensions NUMBA_CACHE_DIR=$hpckv_cache/numba MPLCONFIGDIR=$hpckv_cache/matplotlib
     export APPTAINER_CACHEDIR=$hpckv_cache/images SINGULARITY_CACHEDIR=$hpckv_cache/images
-    # ~/.local would hide the image's packages, and a file named like a module in the folder the job was submitted from the module.
-    export HF_HUB_OFFLINE=1 TRANSFORMERS_OFFLINE=1 PYTHONNOUSERSITE=1 PYTHONSAFEPATH=1
+}
+
+hpckv_remove_caches() {
+    [ -z "${hpckv_cache:-}" ] || rm -rf -- "$hpckv_cache"
 }
 
 # Runs a command, hands on signals, and returns its exit code.
@@ -90,7 +124,8 @@ hpckv_run_step() {
     if [ -n "$hpckv_drain$hpckv_ended" ]; then
         return 75 # told to stop before it began
     fi
-    HPCKV_OUTCOME=$(mktemp) && export HPCKV_OUTCOME
+    # Empty, but it needs an inode.
+    HPCKV_OUTCOME=$(mktemp 2>/dev/null || mktemp -p /tmp) && export HPCKV_OUTCOME
     # In the background: bash runs traps only while it waits, and srun hands signals on to every task.
     "$@" &
     hpckv_step=$!
@@ -127,10 +162,11 @@ hpckv_worker() {
     # Slurm 22.05 and later do not tell a step by themselves.
     [ -z "${SLURM_CPUS_PER_TASK:-}" ] || options+=(--cpus-per-task="$SLURM_CPUS_PER_TASK")
     hpckv_start_budget
+    hpckv_note_time step
     hpckv_run_step srun "${options[@]}" ${hpckv_srun[@]+"${hpckv_srun[@]}"} ${hpckv_enter[@]+"${hpckv_enter[@]}"} "$@"
     code=$?
     hpckv_stop_budget
-    rm -rf -- "$hpckv_cache"
+    hpckv_remove_caches
     if [ "$code" -ne 75 ]; then
         hpckv_end "$code"
     elif [ -n "$hpckv_ended" ]; then
@@ -147,7 +183,7 @@ hpckv_here() {
         hpckv_run_step ${hpckv_enter[@]+"${hpckv_enter[@]}"} "$@"
     }
     code=$?
-    rm -rf -- "$hpckv_cache"
+    hpckv_remove_caches
     # submitit's local jobs do not keep it.
     [ -z "${hpckv_folder:-}" ] || echo "$code" >"$hpckv_folder/code-${SUBMITIT_LOCAL_GLOBALID:-0}"
     exit "$code"

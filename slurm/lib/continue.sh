@@ -219,6 +219,8 @@ hpckv_chain() {
     [ -z "${SLURM_ARRAY_TASK_ID:-}" ] || options+=(--array="$SLURM_ARRAY_TASK_ID")
     next=$(
         for name in $(compgen -e | grep -E '^(SLURM|SBATCH|SRUN|PMI|PMIX|OMPI)' | grep -vx SLURM_CONF); do unset "$name"; done
+        unset hpckv_in_job
+        hpckv_load_site || exit # what it has for sbatch
         export HPCKV_ATTEMPT=$((hpckv_attempt + 1)) HPCKV_FIRST_JOB=$hpckv_first
         # shellcheck disable=SC2154 # common.sh has it
         sbatch "${options[@]}" "${hpckv_submit[@]}"

@@ -9,6 +9,9 @@
 # Nothing is hidden (no --contain, --containall, --cleanenv): MPI needs /dev/shm and sockets, and settings are in the environment.
 set -uo pipefail
 
+now=${EPOCHREALTIME:-$(date +%s.%N)} # bash 5 has it
+[ -z "${HPCKV_TIMES:-}" ] || export HPCKV_TIMES="$HPCKV_TIMES task=${now/,/.}"
+
 image='' runtime=auto binds='' check='' paths=()
 while [ "$#" -gt 0 ]; do
     case $1 in

@@ -106,19 +106,25 @@ def test_a_job_whose_time_is_up_is_requeued_until_all_is_answered(cluster, tmp_p
 
 def test_where_requeue_is_forbidden_another_job_goes_on(cluster, tmp_path, checkpoint, wanted):
     run_file = long_run(tmp_path, checkpoint)
-    environ = {"HPCKV_CONTINUE": "chain", "SBATCH_ACCOUNT": "root", "SBATCH_PARTITION": "a100"}
-    # The next job has no flags of a command line: all that it asks for stands in the script.
+    # The next job has no flags of a command line: all that it asks for stands in the script, or in the site's file.
+    site = tmp_path / "site.sh"
+    site.write_text(
+        f". {TOP}/slurm/site/no-requeue.sh\n"
+        f'[ -n "${{hpckv_in_job:-}}" ] || export HPCKV_SITE_SH={site} SBATCH_ACCOUNT=root SBATCH_PARTITION=a100\n'
+    )
     script = (TOP / "slurm" / "single_a100.sh").read_text()
-    for flag in (*SMALL, f"--output={tmp_path}/log-%j"):
+    for flag in (*SMALL[2:], f"--output={tmp_path}/log-%j"):
         name = flag.partition("=")[0]
         lines = [f"#SBATCH {flag}" if line.startswith(f"#SBATCH {name}=") else line for line in script.splitlines()]
         script = "\n".join(lines) + "\n"
     own = tmp_path / "mine.sh"
     own.write_text(script)
-    variables = {**cluster.environ, "OMP_NUM_THREADS": "1", "HPCKV_HOME": str(TOP), **environ}
-    done = cluster.run("sbatch", "--parsable", str(own), str(run_file), cwd=tmp_path, env=variables)
+    variables = {**cluster.environ, "OMP_NUM_THREADS": "1", "HPCKV_HOME": str(TOP)}
+    command = f". {site} && sbatch --parsable {own} {run_file}"
+    done = cluster.run("bash", "-c", command, cwd=tmp_path, env=variables)
     assert done.returncode == 0, done.stderr
     first = done.stdout.strip()
+    assert "Requeue=0" in cluster.run("scontrol", "--oneliner", "show", "job", first).stdout  # whatever the script says
     before = interrupt(cluster, tmp_path, first)
     assert wait_for(cluster, first) == ("COMPLETED", "0:0"), logs(tmp_path)
     said = logs(tmp_path)
@@ -166,7 +172,12 @@ def test_a_job_that_makes_room_for_another_goes_on_when_that_is_over(cluster, tm
 
 
 def test_scripts_are_clean():
-    scripts = [*TOP.glob("slurm/*.sh"), *TOP.glob("slurm/lib/*.sh")]
+    scripts = [
+        *TOP.glob("slurm/*.sh"),
+        *TOP.glob("slurm/lib/*.sh"),
+        *TOP.glob("slurm/site/*.sh"),
+        TOP / "slurm/bin/hpckv",
+    ]
     assert scripts
     for script in scripts:
         assert subprocess.run(["bash", "-n", script], check=False).returncode == 0

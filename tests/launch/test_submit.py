@@ -53,7 +53,7 @@ def test_a_rendered_script_is_as_it_was(tmp_path, case):
     assert not list(tmp_path.glob("*/run*/"))
 
 
-@pytest.mark.parametrize("field", sorted(set(SlurmConfig.__struct_fields__) - {"ntasks", "error"}))
+@pytest.mark.parametrize("field", sorted(set(SlurmConfig.__struct_fields__) - {"ntasks", "error", "omit"}))
 def test_every_field_of_slurm_has_an_effect(tmp_path, field):
     values = {
         **dict.fromkeys(("nodes", "cpus_per_task", "gpus_per_node", "attempts", "signal_s", "array"), 2),
@@ -70,6 +70,16 @@ def test_every_field_of_slurm_has_an_effect(tmp_path, field):
     before = made(tmp_path, slurm=others, parallel={"tp": 2}).text.splitlines()
     new = [line for line in changed if line not in before and "submit/20" not in line]
     assert len(new) in (1, 2), new  # --array has another log, too
+
+
+def test_what_a_sites_sbatch_refuses_is_left_out(tmp_path):
+    omit = ["ntasks", "ntasks-per-node", "nodes", "signal", "open-mode", "requeue"]
+    headers = {
+        line.partition("=")[0].split("--")[1]
+        for line in made(tmp_path, slurm={"omit": omit, "sbatch": ["--rsc", "p=1"]}).text.splitlines()
+        if line.startswith("#SBATCH --")
+    }
+    assert headers == {"job-name", "output", "rsc p"}
 
 
 @pytest.mark.parametrize("field", ContainerConfig.__struct_fields__)
@@ -120,6 +130,7 @@ def test_flag_beats_environment_beats_run_file_beats_site_beats_default(tmp_path
             64,
             "slurm.signal_s: 120 s before the end of 2 is before its start",
         ),
+        ({"slurm": {"omit": ["ntask"]}}, 64, "slurm.omit: ntask is not asked for; did you mean 'ntasks'?"),
         ({"slurm": {"max_points": 3}}, 64, "slurm.max_points: needs slurm.points_per_node_hour"),
         ({"slurm": {"continuation": "often"}}, 64, "slurm.continuation: Invalid enum value 'often'"),
         ({"slurm": {"account": "a\n#SBATCH --x"}}, 64, "slurm.account: a line's end in it cannot be told to Slurm"),

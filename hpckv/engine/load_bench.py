@@ -1,0 +1,174 @@
+"""Load a stored prefix, or compute it? Both measured on this node, for one model and one store, before a run has to find out."""
+
+from __future__ import annotations
+
+import datetime
+import random
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from hpckv.comm import ParallelConfig, World
+from hpckv.engine.config import EngineConfig
+from hpckv.engine.engine import Engine
+from hpckv.engine.executor import serve
+from hpckv.engine.rank import Rank
+from hpckv.engine.request import Request, SamplingParams
+from hpckv.errors import CapabilityError
+from hpckv.kvcache import CacheConfig
+from hpckv.kvcache.load_policy import LoadPolicy
+from hpckv.model import ModelSettings
+from hpckv.store import StoreConfig
+from hpckv.store.read_bench import TierReads, read_tiers
+
+_LONGEST_S = 60.0
+"""A longer prefix is not computed once one took so long."""
+_DECODE_REQUESTS, _DECODE_PROMPT, _DECODE_TOKENS = 64, 64, 32
+
+
+@dataclass(frozen=True)
+class LoadBench:
+    """What was measured, and what follows."""
+
+    gpu: str
+    model: str
+    dtype: str
+    block_tokens: int
+    block_bytes: int
+    """Of this rank's part of a block."""
+    prefill_s: dict[int, float]
+    """By tokens of the prefix."""
+    tiers: list[TierReads]
+    full_step_tokens_per_s: float
+    """Prompt tokens a second in forwards of `engine.max_batch_tokens`, or of as many as were measured."""
+    decode_tokens_per_s: float
+    """Of `decode_requests` together."""
+    decode_requests: int
+    read_rate: int | None = None
+    """`store.read_rate`: reads of the shared store are no faster in a run."""
+    date: str = field(default_factory=lambda: datetime.date.today().isoformat())
+
+    @property
+    def lengths(self) -> list[int]:
+        return list(self.prefill_s)
+
+    def load_s(self, reads: TierReads, tokens: int) -> float:
+        """Seconds to load a prefix in a run."""
+        count = tokens // self.block_tokens
+        slowest = count * self.block_bytes / self.read_rate if self.read_rate and reads.tier == "shared" else 0.0
+        return max(reads.seconds[count], slowest)
+
+    def loads(self, reads: TierReads, tokens: int) -> bool:
+        """What a run does that has measured just this: asked of the policy itself."""
+        policy, num_bytes = LoadPolicy(), tokens // self.block_tokens * self.block_bytes
+        policy.note_prefill(tokens, self.prefill_s[tokens])
+        policy.note_load(num_bytes, self.load_s(reads, tokens))
+        return policy.should_load(tokens, num_bytes)
+
+    def crossover(self, reads: TierReads) -> int | None:
+        """From how many tokens on loading wins, of those measured; None if not even for the longest prefix."""
+        won = None
+        for tokens in reversed(self.lengths):
+            if not self.loads(reads, tokens):
+                break
+            won = tokens
+        return won
+
+    @property
+    def rate(self) -> dict[str, object]:
+        """For the site file's `rates:`."""
+        return {
+            "gpu": self.gpu,
+            "model": self.model,
+            "prefill_tokens_per_s": round(self.full_step_tokens_per_s, 1),
+            "decode_tokens_per_s": round(self.decode_tokens_per_s, 1),
+            "date": self.date,
+        }
+
+
+def measure(
+    settings: ModelSettings,
+    store: StoreConfig,
+    *,
+    cache: CacheConfig,
+    engine: EngineConfig,
+    parallel: ParallelConfig,
+    world: World,
+    lengths: Sequence[int],
+    most_bytes: int,
+    step: Callable[[], None] = lambda: None,
+) -> LoadBench | None:
+    """On rank 0 the measurements; on the others nothing. Every rank must call it.
+
+    `lengths` are cut to whole blocks; those that the model or its pages do not hold are left out, and those whose blocks are
+    more than `most_bytes`. Raises `ModelError`, `CapabilityError`, `StoreError`, `AccessError`.
+    """
+    if not world.is_root:
+        serve(Rank(settings, store=None, cache=cache, engine=engine, parallel=parallel, world=world))
+        return None
+    with Engine(settings, cache=cache, engine=engine, parallel=parallel, world=world) as one:
+        geometry, size = one.pages.geometry, cache.block_tokens
+        room = min(one.model_config.max_positions - 1, one.pages.num_usable * size - size)
+        whole = sorted({tokens // size * size for tokens in lengths})
+        fitting = [n for n in whole if 0 < n <= room and n // size * geometry.block_bytes <= most_bytes]
+        if not fitting:
+            raise CapabilityError(
+                f"none of these lengths can be measured: a block has {size} tokens, {room} fit the model and its pages"
+            )
+        # The other ranks wait in load() meanwhile.
+        tiers = read_tiers(store, geometry, [n // size for n in fitting], step)
+        one.load()
+        prefill_s = _prefill(one, fitting, step)
+        requests = min(_DECODE_REQUESTS, engine.max_requests, one.pages.num_usable * size // (2 * _DECODE_PROMPT))
+        decode = _decode_rate(one, max(1, requests))
+        step()
+        steps = [n for n in prefill_s if n <= engine.max_batch_tokens] or [min(prefill_s)]
+        device = one.rank.capability
+        return LoadBench(
+            gpu=device.name if device.kind == "cuda" else device.kind,  # as the ledger calls it
+            model=Path(settings.path).resolve().name,
+            dtype=one.rank.dtype_name,
+            block_tokens=size,
+            block_bytes=geometry.block_bytes,
+            prefill_s=prefill_s,
+            tiers=tiers,
+            full_step_tokens_per_s=steps[-1] / prefill_s[steps[-1]],
+            decode_tokens_per_s=decode,
+            decode_requests=max(1, requests),
+            read_rate=store.read_rate,
+        )
+
+
+def _prefill(engine: Engine, lengths: Sequence[int], step: Callable[[], None]) -> dict[int, float]:
+    """Seconds to compute a prompt of each length, the better of two; the first of all is for warming up."""
+    _answer(engine, 1, lengths[0], 1)
+    found: dict[int, float] = {}
+    for tokens in lengths:
+        found[tokens] = min(_answer(engine, 1, tokens, 1) for _ in range(2))
+        step()
+        if found[tokens] > _LONGEST_S:
+            break
+    return found
+
+
+def _decode_rate(engine: Engine, requests: int) -> float:
+    """Output tokens a second of so many sequences together, without their prompts."""
+    prompt = min(_DECODE_PROMPT, engine.model_config.max_positions // 4)
+    tokens = min(_DECODE_TOKENS, engine.model_config.max_positions // 4)
+    _answer(engine, requests, prompt, 2)
+    first = _answer(engine, requests, prompt, 1)
+    return requests * (tokens - 1) / max(1e-9, _answer(engine, requests, prompt, tokens) - first)
+
+
+def _answer(engine: Engine, count: int, prompt_tokens: int, output_tokens: int) -> float:
+    """Seconds for so many prompts that share nothing."""
+    chance = random.Random()
+    params = SamplingParams(max_tokens=output_tokens, ignore_eos=True)
+    for number in range(count):
+        prompt = chance.choices(range(engine.model_config.vocab_size), k=prompt_tokens)
+        engine.add(Request(str(number), prompt, params, number))
+    begun = time.perf_counter()
+    while engine.num_unfinished:
+        engine.step()
+    return time.perf_counter() - begun
