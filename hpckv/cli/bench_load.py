@@ -52,6 +52,7 @@ def load(
         raise ConfigError(f"{runfile}: store: is not there; without one there is nothing to load")
     tokens, most = _lengths(lengths), ByteSize.parse(size)
     from hpckv.comm import World
+    from hpckv.workload.starting import process_start
     from hpckv.workload.together import together
 
     parallel = msgspec.structs.replace(config.parallel, replicas=1)
@@ -69,6 +70,7 @@ def load(
                 world=world,
                 lengths=tokens,
                 most_bytes=most,
+                started=process_start(),
                 step=step,
             )
         if found:
@@ -109,7 +111,7 @@ def _record(found: LoadBench) -> dict[str, Any]:
             "place": reads.place,
             "trouble": reads.trouble,
             "load_s": {n: found.load_s(reads, n) for n in measured},
-            "bytes_per_s": _rate(found, reads) if measured else None,
+            "bytes_per_s": found.bytes_per_s(reads),
             "loads": {n: found.loads(reads, n) for n in measured},
             "crossover_tokens": None if reads.trouble else found.crossover(reads),
         }
@@ -122,12 +124,6 @@ def _record(found: LoadBench) -> dict[str, Any]:
         "decode_requests": found.decode_requests,
         "tiers": tiers,
     }
-
-
-def _rate(found: LoadBench, reads: TierReads) -> float:
-    """Bytes a second, of the longest prefix."""
-    tokens = found.lengths[-1]
-    return tokens // found.block_tokens * found.block_bytes / max(1e-9, found.load_s(reads, tokens))
 
 
 def _print_table(found: LoadBench) -> None:
@@ -151,7 +147,7 @@ def _print_table(found: LoadBench) -> None:
     for reads in found.tiers:
         where = f" ({reads.place})" if reads.place else ""
         facts[f"{reads.tier}{where}"] = (
-            reads.trouble or f"{format_bytes(_rate(found, reads))}/s; {_verdict(found, reads)}"
+            reads.trouble or f"{format_bytes(found.bytes_per_s(reads) or 0)}/s; {_verdict(found, reads)}"
         )
     print_facts(facts)
     typer.echo(f"\nfor the site file:\n{_fragment(found)}")

@@ -42,9 +42,16 @@ class LoadBench:
     tiers: list[TierReads]
     full_step_tokens_per_s: float
     """Prompt tokens a second in forwards of `engine.max_batch_tokens`, or of as many as were measured."""
-    decode_tokens_per_s: float
-    """Of `decode_requests` together."""
+    decode_step_s: float
+    """What a decode step takes beside its sequences."""
+    decode_token_s: float
+    """What each of its sequences adds."""
     decode_requests: int
+    """That were measured together, beside one alone."""
+    start_s: float
+    """From the start of the process until the weights were loaded."""
+    num_gpus: int
+    """Of the replica."""
     read_rate: int | None = None
     """`store.read_rate`: reads of the shared store are no faster in a run."""
     date: str = field(default_factory=lambda: datetime.date.today().isoformat())
@@ -75,14 +82,33 @@ class LoadBench:
             won = tokens
         return won
 
+    def bytes_per_s(self, reads: TierReads) -> float | None:
+        """Of the longest prefix that was read."""
+        measured = [tokens for tokens in self.lengths if tokens // self.block_tokens in reads.seconds]
+        if not measured:
+            return None
+        return measured[-1] // self.block_tokens * self.block_bytes / max(1e-9, self.load_s(reads, measured[-1]))
+
+    @property
+    def decode_tokens_per_s(self) -> float:
+        """Of `decode_requests` together."""
+        return self.decode_requests / (self.decode_step_s + self.decode_requests * self.decode_token_s)
+
     @property
     def rate(self) -> dict[str, object]:
-        """For the site file's `rates:`."""
+        """For the site file's `rates:` (`hpckv.usage.rates`)."""
+        shared = next(
+            (self.bytes_per_s(reads) for reads in self.tiers if reads.tier == "shared" and not reads.trouble), None
+        )
         return {
             "gpu": self.gpu,
             "model": self.model,
+            "num_gpus": self.num_gpus,
             "prefill_tokens_per_s": round(self.full_step_tokens_per_s, 1),
-            "decode_tokens_per_s": round(self.decode_tokens_per_s, 1),
+            "decode_tokens_per_s": round(1 / self.decode_token_s, 1),
+            "decode_step_s": round(self.decode_step_s, 6),
+            "start_s": round(self.start_s, 1),
+            **({"load_bytes_per_s": round(shared)} if shared else {}),
             "date": self.date,
         }
 
@@ -97,12 +123,14 @@ def measure(
     world: World,
     lengths: Sequence[int],
     most_bytes: int,
+    started: float,
     step: Callable[[], None] = lambda: None,
 ) -> LoadBench | None:
     """On rank 0 the measurements; on the others nothing. Every rank must call it.
 
     `lengths` are cut to whole blocks; those that the model or its pages do not hold are left out, and those whose blocks are
-    more than `most_bytes`. Raises `ModelError`, `CapabilityError`, `StoreError`, `AccessError`.
+    more than `most_bytes`. The process began at `started`, seconds since 1970. Raises `ModelError`, `CapabilityError`,
+    `StoreError`, `AccessError`.
     """
     if not world.is_root:
         serve(Rank(settings, store=None, cache=cache, engine=engine, parallel=parallel, world=world))
@@ -117,11 +145,14 @@ def measure(
                 f"none of these lengths can be measured: a block has {size} tokens, {room} fit the model and its pages"
             )
         # The other ranks wait in load() meanwhile.
+        apart = time.time()
         tiers = read_tiers(store, geometry, [n // size for n in fitting], step)
+        apart -= time.time()
         one.load()
+        start_s = time.time() - started + apart
         prefill_s = _prefill(one, fitting, step)
         requests = min(_DECODE_REQUESTS, engine.max_requests, one.pages.num_usable * size // (2 * _DECODE_PROMPT))
-        decode = _decode_rate(one, max(1, requests))
+        step_s, token_s = _decode_times(one, max(1, requests))
         step()
         steps = [n for n in prefill_s if n <= engine.max_batch_tokens] or [min(prefill_s)]
         device = one.rank.capability
@@ -134,8 +165,11 @@ def measure(
             prefill_s=prefill_s,
             tiers=tiers,
             full_step_tokens_per_s=steps[-1] / prefill_s[steps[-1]],
-            decode_tokens_per_s=decode,
+            decode_step_s=step_s,
+            decode_token_s=token_s,
             decode_requests=max(1, requests),
+            start_s=start_s,
+            num_gpus=world.group.size,
             read_rate=store.read_rate,
         )
 
@@ -152,13 +186,19 @@ def _prefill(engine: Engine, lengths: Sequence[int], step: Callable[[], None]) -
     return found
 
 
-def _decode_rate(engine: Engine, requests: int) -> float:
-    """Output tokens a second of so many sequences together, without their prompts."""
+def _decode_times(engine: Engine, requests: int) -> tuple[float, float]:
+    """Seconds of a decode step beside its sequences, and of each of them: from one sequence and from so many, without prompts."""
     prompt = min(_DECODE_PROMPT, engine.model_config.max_positions // 4)
     tokens = min(_DECODE_TOKENS, engine.model_config.max_positions // 4)
-    _answer(engine, requests, prompt, 2)
-    first = _answer(engine, requests, prompt, 1)
-    return requests * (tokens - 1) / max(1e-9, _answer(engine, requests, prompt, tokens) - first)
+
+    def step_s(count: int) -> float:
+        _answer(engine, count, prompt, 2)
+        first = _answer(engine, count, prompt, 1)
+        return max(1e-9, _answer(engine, count, prompt, tokens) - first) / (tokens - 1)
+
+    alone, together = step_s(1), step_s(requests)
+    each = max(1e-9, (together - alone) / (requests - 1)) if requests > 1 else alone
+    return max(0.0, alone - each), each
 
 
 def _answer(engine: Engine, count: int, prompt_tokens: int, output_tokens: int) -> float:

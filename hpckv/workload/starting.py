@@ -23,7 +23,7 @@ class Starting:
             name, _, seconds = word.partition("=")
             with suppress(ValueError):
                 self.times[name] = float(seconds)
-        self.times["process"] = _process_start()
+        self.times["process"] = process_start()
         self.mark("run")
 
     def mark(self, name: str) -> None:
@@ -41,7 +41,7 @@ class Starting:
         return {name: round(seconds, 3) for name, seconds in self.times.items()}
 
 
-def _process_start() -> float:
+def process_start() -> float:
     """When this process was made, as its kernel knows it, to a hundredth of a second."""
     fields = Path("/proc/self/stat").read_text().rpartition(")")[2].split()
     ticks, up = int(fields[19]) / os.sysconf("SC_CLK_TCK"), time.clock_gettime(time.CLOCK_BOOTTIME)
