@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
@@ -11,7 +12,17 @@ from typing import Any
 
 import numpy as np
 
-from hpckv.usage.columns import COLUMNS, GROUPS, JOB, OF_WRITERS, WRITER_COLUMNS, Column, derived
+from hpckv.usage.columns import (
+    BY_WRITER,
+    COLUMNS,
+    GROUPS,
+    JOB,
+    OF_WRITERS,
+    PERIODS,
+    WRITER_COLUMNS,
+    Column,
+    derived,
+)
 from hpckv.usage.gather import Gathered
 from hpckv.usage.points import PointsConfig
 from hpckv.usage.table import COLUMNS as TABLE
@@ -40,7 +51,7 @@ class Question:
 
 @dataclass(frozen=True)
 class Answer:
-    """Rows in order of time, largest hits first where they are not jobs or days; every value a text, a number or None."""
+    """Rows in order of time, largest hits first where they are neither jobs nor periods; every value a text, a number or None."""
 
     columns: Sequence[Column]
     rows: list[list[Any]]
@@ -54,21 +65,21 @@ class Accounts:
 
     def __init__(self, found: Gathered, points: PointsConfig, name_of: Callable[[int], str]) -> None:
         """`name_of` is the system's list of users: what a ledger says about that is not believed."""
-        self._con, self._points, self._name_of = connect(found), points, name_of
+        self._con, self.points, self._name_of = connect(found), points, name_of
         self._con.execute("CREATE TABLE names (uid BIGINT, name VARCHAR)")
-        self._con.execute("CREATE TABLE days (start DOUBLE, day VARCHAR)")
+        self._con.execute("CREATE TABLE days (start DOUBLE, day VARCHAR, hour VARCHAR)")
 
     def ask(self, question: Question) -> Answer:
         """The rows and their total."""
         columns = question.columns or columns_of(GROUPS[question.group][1], question.group)
         grouping = GROUPS[question.group][0]
         wanted = ", ".join(column.sql for column in columns)
-        order = "min(t0)" if question.group in ("job", "day") else "sum(hit_tokens) DESC"
-        source = f"({OF_WRITERS})" if question.group == "writer" else "rows"
+        order = _order(question.group)
+        source = f"({OF_WRITERS})" if question.group in BY_WRITER else "rows"
         self._select(question, f"{wanted} {grouping} {order} {source}")
         rows = self._rows(f"SELECT {wanted} FROM {source} GROUP BY {grouping} ORDER BY {order}, {grouping}")
         (total,) = self._rows(f"SELECT {wanted} FROM {source}")
-        ((unpriced,),) = self._rows("SELECT count(*) FROM rows WHERE price IS NULL") if self._points.prices else [[0]]
+        ((unpriced,),) = self._rows("SELECT count(*) FROM rows WHERE price IS NULL") if self.points.prices else [[0]]
         is_summed = [column.kind not in ("text", "time") for column in columns]
         return Answer(
             columns, rows, [v if summed else "" for v, summed in zip(total, is_summed, strict=True)], unpriced
@@ -79,20 +90,22 @@ class Accounts:
 
     def _select(self, question: Question, asked: str) -> None:
         """The table `rows`: the records that are asked about, with what the SQL `asked` needs."""
-        price, values = self._points.price_sql
+        price, values = self.points.price_sql
         where, given = _conditions(question)
         fields = [
             name
             for name in TABLE
-            if re.search(rf"\b{name}\b", f"{asked} {derived(self._points.cache, asked)} uid t0 t1")
+            if re.search(rf"\b{name}\b", f"{asked} {derived(self.points.cache, asked)} uid t0 t1")
         ]
+        disk = f"{self.points.disk_tb_day!r}::DOUBLE / 1e12 * greatest(?::DOUBLE - t1, 0) / 86400 AS disk_price"
+        selected = f"{', '.join(fields)}, {price} AS price, {disk}"
         self._con.execute(
-            f"CREATE OR REPLACE TEMP TABLE priced AS SELECT {', '.join(fields)}, {price} AS price FROM records WHERE {where}",
-            [*values, *given],
+            f"CREATE OR REPLACE TEMP TABLE priced AS SELECT {selected} FROM records WHERE {where}",
+            [*values, min(question.end, time.time()), *given],
         )
         self._learn_names(with_writers="writer_name" in asked)
-        self._learn_days()
-        self._con.execute(f"CREATE OR REPLACE TEMP VIEW rows AS {derived(self._points.cache, asked)}")
+        self._learn_days(by_hour=re.search(r"\bhour\b", asked) is not None)
+        self._con.execute(f"CREATE OR REPLACE TEMP VIEW rows AS {derived(self.points.cache, asked)}")
 
     def _learn_names(self, *, with_writers: bool) -> None:
         uids = {uid for (uid,) in self._con.execute("SELECT DISTINCT uid FROM priced").fetchall()}
@@ -105,32 +118,41 @@ class Accounts:
         for uid in sorted(uids):
             self._con.execute("INSERT INTO names VALUES (?, ?)", [uid, self._name_of(uid)])
 
-    def _learn_days(self) -> None:
+    def _learn_days(self, *, by_hour: bool) -> None:
         self._con.execute("DELETE FROM days")
         ((first, last),) = self._con.execute("SELECT min(t1), max(t1) FROM priced").fetchall()
         if first is not None:
-            days = list(_days(first, last))
-            starts = {
-                "start": np.array([day.timestamp() for day in days]),
-                "day": np.array([f"{d:%F}" for d in days], object),
+            starts = list(_starts(first, last, by_hour=by_hour))
+            here = [datetime.fromtimestamp(start) for start in starts]
+            table = {
+                "start": np.array(starts),
+                "day": np.array([f"{t:%F}" for t in here], object),
+                "hour": np.array([f"{t:%FT%H}" for t in here], object),
             }
-            self._con.register("starts", starts)
-            self._con.execute("INSERT INTO days SELECT start, day FROM starts")
+            self._con.register("starts", table)
+            self._con.execute("INSERT INTO days SELECT start, day, hour FROM starts")
             self._con.unregister("starts")
 
 
 def columns_of(names: Sequence[str], group: str) -> list[Column]:
     """By their names, in any case; raises `KeyError` with the wrong one."""
-    known = WRITER_COLUMNS if group == "writer" else COLUMNS
+    known = WRITER_COLUMNS if group in BY_WRITER else COLUMNS
     return [known[name.lower()] for name in names]
 
 
-def _days(first: float, last: float) -> Iterator[datetime]:
-    """Local midnights, from the one before `first` to the one before `last`."""
+def _order(group: str) -> str:
+    if group in PERIODS:
+        return group
+    return {"job": "min(t0)", "pair": "sum(tokens) DESC"}.get(group, "sum(hit_tokens) DESC")
+
+
+def _starts(first: float, last: float, *, by_hour: bool) -> Iterator[float]:
+    """Local midnights, from the one before `first` to the one before `last`; with `by_hour` all hours of these days."""
     day = datetime.fromtimestamp(first).replace(hour=0, minute=0, second=0, microsecond=0)
     while day.timestamp() <= last:
-        yield day
-        day = (day + timedelta(hours=36)).replace(hour=0)  # not all days have 24 hours
+        following = (day + timedelta(hours=36)).replace(hour=0)  # not all days have 24 hours
+        yield from np.arange(day.timestamp(), following.timestamp(), 3600.0 if by_hour else math.inf).tolist()
+        day = following
 
 
 def _conditions(question: Question) -> tuple[str, list[Any]]:
