@@ -33,7 +33,7 @@ NAMES = {
 MODELS = {"llama-3.1-8b": 131072, "qwen3-32b": 262144, "mistral-7b-instruct-v0.3": 131072}
 """Bytes of a token's keys and values."""
 RECORD_S = 600.0
-POINTS = PointsConfig(prices=[Price(gpu="H100", per_gpu_hour=0.23)], disk_tb_day=0.05)
+POINTS = PointsConfig(prices=[Price(gpu="H100", per_gpu_hour=0.23)], disk_tb_day=0.02)
 
 
 @dataclass
@@ -108,7 +108,7 @@ def make_past(
 
 
 def _counters(rng, uids, weights, *, warmth, gpus, token_bytes) -> Counters:
-    prompt = rng.randrange(200_000, 900_000) * gpus
+    prompt = rng.randrange(1_500_000, 4_500_000) * gpus
     hits = int(prompt * min(0.97, warmth))
     device, host, local = (
         int(hits * rng.uniform(0.4, 0.6)),
@@ -122,8 +122,8 @@ def _counters(rng, uids, weights, *, warmth, gpus, token_bytes) -> Counters:
         by_writer[str(writer)] += part
         left -= part
     by_writer[str(uids[0])] += left
-    written = int((prompt - hits) * 0.6)
-    load_s = (hits - device) * token_bytes / 20e9
+    written = int((prompt - hits) * 0.03)
+    load_s = (hits - device) * token_bytes / gpus / 20e9
     return Counters(
         requests=prompt // 4000,
         prompt_tokens=prompt,

@@ -23,7 +23,7 @@ from hpckv.usage.report.figures import BarFigure, Figure, MatrixFigure, Panel, S
 from hpckv.usage.report.palette import HEAT, HEAT_INK, LIGHT
 
 _INCHES_WIDE, _INCHES_NARROW = 9.4, 4.1
-_LONGEST_NAME = 22
+_LONGEST_NAME = 28
 _BYTES = ("B", "KiB", "MiB", "GiB", "TiB", "PiB")
 
 Places = NDArray[np.float64]
@@ -173,9 +173,10 @@ def _by_name(figure: BarFigure, tips: Tips, *, is_narrow: bool) -> Canvas:
         left = [base + length for base, length in zip(left, lengths, strict=True)]
         for n, value in enumerate(series.values):
             tips[f"0-{series.role}-{n}"] = f"{figure.names[n]}, {series.name}: {said(value or 0, figure.panel.unit)}"
-    longest = max(left) or 1.0
-    room = max(map(len, figure.notes), default=0) * (0.038 if is_narrow else 0.013)
-    axes.set_xlim(0, longest * (1.02 + room))
+    # Room for each note behind its bar, and one that has no bar may use the whole width.
+    longest, of_letter = max(left) or 1.0, 0.028 if is_narrow else 0.0115
+    ends = [end / longest / (1 - min(0.8, of_letter * len(note))) for end, note in zip(left, figure.notes, strict=True)]
+    axes.set_xlim(0, longest * max(1.02, *ends))
     for place, end, note in zip(places, left, figure.notes, strict=True):
         axes.text(end + longest * 0.008, place, note, va="center", fontsize=8.5)
     axes.set_yticks(places, names)
@@ -193,7 +194,7 @@ def _by_name(figure: BarFigure, tips: Tips, *, is_narrow: bool) -> Canvas:
 
 
 def _matrix(figure: MatrixFigure, tips: Tips, *, is_narrow: bool) -> Canvas:
-    names = [shorten(name, 9 if is_narrow else 14) for name in figure.names]
+    names = [shorten(name, 10 if is_narrow else 14) for name in figure.names]
     count = len(names)
     width = _width(is_narrow)
     canvas = Canvas(figsize=(width, 1.6 + 0.36 * count), layout="constrained")

@@ -30,7 +30,7 @@ def render_page(report: Report, found: Gathered, *, version: str, now: float | N
         window=window_said(report),
         generated=now_said(time.time() if now is None else now),
         version=version,
-        num_files=f"{found.num_files:,}",
+        num_files=found.num_files,
         num_months=len(found.months),
         report=report,
         drawings=dict(_drawings(report.sections)),

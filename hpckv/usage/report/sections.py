@@ -8,14 +8,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import datetime
 from pathlib import Path
-from typing import Any
 
 from hpckv.quantity import format_bytes, format_count
 from hpckv.usage.columns import Column
 from hpckv.usage.query import Accounts, Answer, Question, columns_of
 from hpckv.usage.record import TIERS
 from hpckv.usage.report.figures import BarFigure, Figure, MatrixFigure, Panel, Role, Series, TimeFigure, Unit, periods
-from hpckv.usage.report.tables import Cell, Table, cell, clean, said, split, table_of, with_rest
+from hpckv.usage.report.tables import Cell, Table, cell, clean, said, split, table_of, with_rest, without
 from hpckv.usage.timespec import format_time
 
 TOP = 12
@@ -183,7 +182,7 @@ def _by_tier(asker: Asker) -> Section:
     notes = [f"{format_count(count)}, {part:.1f} %" for count, part in zip(counts, parts, strict=True)]
     tokens, part_of = (
         Column("Tokens", "count", "", "prompt tokens"),
-        Column("Part", "percent", "", "of prompt tokens, %"),
+        Column("Part%", "percent", "", "of prompt tokens"),
     )
     columns = [
         Column("Where", "text", "", "where they were found"),
@@ -204,18 +203,32 @@ def _by_tier(asker: Asker) -> Section:
 
 
 def _by_name(asker: Asker, group: str, key: str, title: str, points: Sequence[str]) -> Section:
-    names = [key, *(["ModelDigest"] if group == "model" else []), "PromptTok", "HitTok", "Hit%"]
-    names += [*_TIER_COLUMNS, "Computed", "SavedGPU", *points]
+    names = [key, "PromptTok", "HitTok", "Hit%", *_TIER_COLUMNS, "Computed", "SavedGPU", *points]
+    if group == "model":
+        names.insert(1, "ModelDigest")
     answer, command = asker.ask(group, names)
+    labels = [clean(str(row[0] if row[0] is not None else "?")) for row in answer.rows]
+    if group == "model":
+        if len(set(labels)) < len(labels):
+            labels = [f"{label} ({clean(str(row[1]))[:8]})" for label, row in zip(labels, answer.rows, strict=True)]
+        else:  # then a model's name says which
+            answer, command = (
+                without(answer, ["ModelDigest"]),
+                asker.command(group, [n for n in names if n != "ModelDigest"]),
+            )
     top, others = split(answer, TOP)
-    shown = [*top, *([others] if others else [])]
     at = {column.name: n for n, column in enumerate(answer.columns)}
-    labels = [_label(row, at, rows=answer.rows) for row in shown]
+    shown = [*top, *([others] if others else [])]
+    labels = [*labels[: len(top)], *([others[0]] if others else [])]
+    notes = ["" if row[at["Hit%"]] is None else f"{row[at['Hit%']]:.0f} % hit" for row in shown]
+    prompts = [row[at["PromptTok"]] or 0 for row in shown]
+    has_long_others = others is not None and prompts[-1] > 2 * max(prompts[:-1])
+    if has_long_others:  # its bar would leave nothing of the others'
+        notes[-1] = f"{format_count(prompts[-1])} tokens, {notes[-1]}, no bar"
 
     def values(name: str) -> list[float | None]:
-        return [row[at[name]] or 0 for row in shown]
+        return [0 if has_long_others and row is others else row[at[name]] or 0 for row in shown]
 
-    notes = ["" if row[at["Hit%"]] is None else f"{row[at['Hit%']]:.0f} % hit" for row in shown]
     figure = BarFigure(labels, Panel("prompt tokens", "tokens", _by_where(values)), notes)
     largest = f"{labels[0]} with {format_count(shown[0][at['HitTok']])} hit tokens, {notes[0] or 'no prompt'}"
     alt = f"Bars of prompt tokens of {len(labels)} {group}s, by where they were found; most hits: {largest}."
@@ -229,7 +242,7 @@ def _who_saved_whom(asker: Asker, points: Sequence[str]) -> Section | None:
     whole, _ = asker.ask("pair", [*names, "WriterUID", "ReaderUID"])
     if not whole.rows:
         return None
-    answer = replace(whole, columns=whole.columns[:-2], rows=[row[:-2] for row in whole.rows], total=whole.total[:-2])
+    answer = without(whole, ["WriterUID", "ReaderUID"])
     command = asker.command("pair", names)
     top, others = split(answer, TOP)
     table, rest, note = with_rest(answer, command, top, others, "pairs")
@@ -313,7 +326,7 @@ def _savings(asker: Asker, unit: str, *, has_prices: bool) -> Section:
     sums = _running([value or 0 for value in saved])
     figure = line.figure(
         Panel("used and saved", what, series, "beside"),
-        Panel("saved, summed up", what, [Series("saved", "line", sums)], "line"),
+        Panel("saved so far", what, [Series("saved", "line", sums)], "line"),
     )
     alt = f"Bars of {what} used and saved for each {unit}, {line.said}, and the running sum of what was saved, at the end "
     alt += f"{sums[-1]:,.4g}."
@@ -357,15 +370,6 @@ class _Timeline:
 def _by_where(values: Callable[[str], Sequence[float | None]]) -> list[Series]:
     columns = [*_TIER_COLUMNS, "Computed"]
     return [Series(name, role, values(column)) for (name, role), column in zip(_WHERE, columns, strict=True)]
-
-
-def _label(row: Sequence[Any], at: dict[str, int], rows: Sequence[Sequence[Any]]) -> str:
-    """A row's name, of models that share it with their weights' digest."""
-    name = clean(str(row[0] if row[0] is not None else "?"))
-    digest = row[at["ModelDigest"]] if "ModelDigest" in at else None
-    if digest and sum(other[0] == row[0] for other in rows) > 1:
-        return f"{name} ({clean(str(digest))[:8]})"
-    return name
 
 
 def _running(values: Sequence[float]) -> list[float]:

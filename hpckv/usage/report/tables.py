@@ -61,6 +61,13 @@ def split(answer: Answer, count: int) -> tuple[list[list[Any]], list[Any] | None
     return rows[:count], others
 
 
+def without(answer: Answer, names: Sequence[str]) -> Answer:
+    """Fewer columns."""
+    kept = [n for n, column in enumerate(answer.columns) if column.name not in names]
+    rows = [[row[n] for n in kept] for row in answer.rows]
+    return replace(answer, columns=[answer.columns[n] for n in kept], rows=rows, total=[answer.total[n] for n in kept])
+
+
 def with_rest(
     answer: Answer, command: str, top: list[list[Any]], others: list[Any] | None, what: str
 ) -> tuple[Table, Table | None, str]:
@@ -90,11 +97,13 @@ def said(text: str) -> Cell:
 
 
 def cell(value: Any, column: Column, *raw: Any) -> Cell:
-    """`raw` is `value` unless it is given."""
+    """`raw` is `value` unless it is given. Texts have none: what is read is what they say, as far as it may be shown."""
     text = _text(value, column.kind)
     if column.name == "ModelDigest":
-        text = text[:12]
-    return Cell(text, raw[0] if raw else value, is_number=column.kind != "text")
+        return Cell(text[:12], text, is_number=False)
+    if column.kind == "text":
+        return said(text)
+    return Cell(text, raw[0] if raw else value)
 
 
 def _text(value: Any, kind: str) -> str:
