@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import math
 import os
 from collections.abc import Mapping, Sequence
@@ -37,8 +36,13 @@ class Destination:
         flag = "--report" if page is not None else "--png"
         if given := [name for name, value in others.items() if value]:
             raise ConfigError(f"{flag} shows what it shows; {', '.join(given)} is for the printed table")
-        if importlib.util.find_spec("matplotlib") is None:
-            raise CapabilityError(f"{flag} draws with matplotlib, which is not installed: pip install 'hpckv[report]'")
+        try:
+            import matplotlib.figure  # noqa: F401
+        except ImportError as error:
+            remedy = "pip install 'hpckv[report]'"
+            raise CapabilityError(
+                f"{flag} draws with matplotlib, which cannot be imported ({error}): {remedy}"
+            ) from None
         if page is not None:
             if Path(page).is_dir():
                 raise ConfigError(

@@ -70,12 +70,12 @@ class Browser:
         os.close(self._read)
         shutil.rmtree(self._folder, ignore_errors=True)
 
-    def open(self, path: Path, *, width: int, is_dark: bool = False, scale: float = 1) -> None:
+    def open(self, path: Path, *, width: int, is_dark: bool = False, scale: float = 1, medium: str = "screen") -> None:
         """Load a file and wait until all of it is there."""
         self._events.clear()
         self._call("Emulation.setDeviceMetricsOverride", width=width, height=900, deviceScaleFactor=scale, mobile=False)
         scheme = {"name": "prefers-color-scheme", "value": "dark" if is_dark else "light"}
-        self._call("Emulation.setEmulatedMedia", features=[scheme])
+        self._call("Emulation.setEmulatedMedia", media=medium, features=[scheme])
         self._call("Page.navigate", url=path.as_uri())
         while not any(event["method"] == "Page.loadEventFired" for event in self._events):
             self._receive()
@@ -97,6 +97,13 @@ class Browser:
         """Every address that was asked for."""
         sent = [event for event in self._events if event["method"] == "Network.requestWillBeSent"]
         return [event["params"]["request"]["url"] for event in sent]
+
+    @property
+    def described_images(self) -> dict[str, str]:
+        """Name and description of every image that a screen reader comes across."""
+        nodes = self._call("Accessibility.getFullAXTree")["nodes"]
+        images = [node for node in nodes if not node["ignored"] and node["role"]["value"] in ("image", "img")]
+        return {node["name"]["value"]: node.get("description", {}).get("value", "") for node in images}
 
     def screenshot(self) -> bytes:
         """The whole page as PNG."""

@@ -27,6 +27,8 @@ pytestmark = pytest.mark.root
 
 END = datetime(2026, 11, 15).timestamp()
 DAY = 86400.0
+PAPER = 1031
+"""CSS pixels of A4 across, less the margins."""
 HOSTILE = (
     "<script>document.hacked = 1</script>",
     '"><img src=x onerror="document.hacked = 2">',
@@ -39,8 +41,11 @@ HOSTILE = (
 )
 
 
-def page_of(store, start=END - 40 * DAY, end=END, **more) -> tuple[Page, str]:
+def page_of(store, start=END - 40 * DAY, end=END, only=(), **more) -> tuple[Page, str]:
+    """With `only`, of the sections with these names."""
     report, found = report_of(store, start, end, **more)
+    if only:
+        report = replace(report, sections=[section for section in report.sections if section.name in only])
     html = render_page(report, found, version="1", now=END)
     return Page(html), html
 
@@ -106,7 +111,11 @@ def test_the_page_needs_nothing_from_elsewhere(usual):
     assert not {"script", "img", "link", "iframe", "object", "image", "use"} & (set(page.tags) - {"use"})
     assert "@import" not in html
     assert set(re.findall(r"\w+://[^\s\"<]*", html)) == {"http://www.w3.org/2000/svg", "http://www.w3.org/1999/xlink"}
-    assert len(re.findall('role="img" aria-labelledby', html)) == 2 * len(usual[2].sections) == page.tags.count("svg")
+    assert (
+        len(re.findall('role="img" aria-labelledby="[^"]+" aria-describedby="[^"]+"', html))
+        == 2 * len(usual[2].sections)
+        == page.tags.count("svg")
+    )
     ids = re.findall(r' id="([^"]*)"', html)
     assert len(ids) == len(set(ids))
 
@@ -176,6 +185,13 @@ def test_a_browser_shows_all_of_it_wide_and_narrow_light_and_dark(usual, tmp_pat
                 assert browser.requests == [(tmp_path / "page.html").as_uri()]
                 assert found["count"] == len(report.sections)
                 grounds[is_dark] = found["ground"]
+                names = browser.described_images
+                assert [name.partition(" ")[0] for name in names] == [
+                    s.title.partition(" ")[0] for s in report.sections
+                ]
+                print(names)
+        browser.open(tmp_path / "page.html", width=PAPER, medium="print")
+        assert browser.evaluate(LAYOUT)["problems"] == []
         pages = browser.pdf().count(b"/Type /Page\n")
     assert grounds == {False: "rgb(255, 255, 254)", True: "rgb(21, 24, 28)"}
     assert 5 <= pages <= 20
@@ -227,7 +243,7 @@ def test_a_window_without_records_says_so_and_draws_nothing(store):
 
 def test_filters_are_those_of_the_question_and_are_said(usual):
     store, truth, _, _ = usual
-    page, html = page_of(store, uids=[2002], models=["qwen3-32b"])
+    page, html = page_of(store, only=("hits-by-user", "hits-by-model"), uids=[2002], models=["qwen3-32b"])
     assert list(by_columns(page, "User").numbers("PromptTok")) == ["bkowalski"]
     assert list(by_columns(page, "Model").numbers("PromptTok")) == ["qwen3-32b"]
     assert "users <bdi>uid 2002</bdi>; models <bdi>qwen3-32b</bdi>" in html
@@ -236,7 +252,7 @@ def test_filters_are_those_of_the_question_and_are_said(usual):
 
 
 def test_without_prices_savings_are_in_gpu_hours(usual):
-    page, html = page_of(usual[0], points=PointsConfig())
+    page, html = page_of(usual[0], only=("hits-by-user", "savings"), points=PointsConfig())
     assert "Points" not in page.facts
     assert not any("Points" in name for table in page.tables for name in table.columns)
     assert "GPU-hours used and saved" in html

@@ -258,18 +258,20 @@ def _scale(panel: Panel) -> tuple[float, str]:
 
 
 def _value_axis(axes: Axes, panel: Panel) -> None:
-    axes.yaxis.set_major_locator(MaxNLocator(4, min_n_ticks=2))
     if panel.unit == "percent":
         axes.set_ylim(-3, 103)
         axes.set_yticks([0, 50, 100])
-    elif panel.unit == "tokens":
-        axes.yaxis.set_major_formatter(FuncFormatter(_ticked))
-    else:
-        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.10g}"))
-    low, high = axes.get_ylim()
+        return
     values = [value or 0 for series in panel.series for value in series.values]
-    if panel.unit != "percent":
-        axes.set_ylim(min(0.0, low) if min(values, default=0) < 0 else 0.0, high if max(values, default=0) > 0 else 1.0)
+    if not any(values):
+        axes.set_ylim(0, 1)
+        axes.set_yticks([0])
+        return
+    axes.yaxis.set_major_locator(MaxNLocator(4, min_n_ticks=2))
+    plain = FuncFormatter(lambda value, _: f"{value:,.10g}")
+    axes.yaxis.set_major_formatter(FuncFormatter(_ticked) if panel.unit == "tokens" else plain)
+    low, high = axes.get_ylim()
+    axes.set_ylim(min(0.0, low) if min(values) < 0 else 0.0, high if max(values) > 0 else 0.0)
 
 
 def _ticked(value: float, _: object) -> str:
@@ -285,7 +287,7 @@ def _fill(series: Series) -> dict[str, Any]:
     """Computed tokens are hatched: what was not found must be told from what was also without colours."""
     style: dict[str, Any] = {"facecolor": LIGHT[series.role], "edgecolor": LIGHT["paper"], "linewidth": 0.5}
     if series.role == "computed":
-        style |= {"hatch": "/////", "hatchcolor": LIGHT["hatch"], "edgecolor": LIGHT["hatch"]}
+        style |= {"hatch": "/////", "edgecolor": LIGHT["hatch"]}
     return style
 
 

@@ -32,7 +32,7 @@ def inline_svg(canvas: Canvas, tips: Tips, *, name: str, title: str, alt: str) -
             _tell(element, text)
     for attribute in ("width", "height", "version"):
         root.attrib.pop(attribute, None)
-    root.attrib |= {"role": "img", "aria-labelledby": f"{name}-title {name}-alt"}
+    root.attrib |= {"role": "img", "aria-labelledby": f"{name}-title", "aria-describedby": f"{name}-alt"}
     for place, (tag, text) in enumerate((("title", title), ("desc", alt))):
         element = ElementTree.Element(f"{{{_SVG}}}{tag}", {"id": f"{name}-{'title' if tag == 'title' else 'alt'}"})
         element.text = text
