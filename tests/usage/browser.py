@@ -70,7 +70,7 @@ class Browser:
         os.close(self._read)
         shutil.rmtree(self._folder, ignore_errors=True)
 
-    def open(self, path: Path, *, width: int, is_dark: bool = False, scale: float = 1, medium: str = "screen") -> None:
+    def open(self, path: Path, *, width: int, is_dark: bool = False, scale: float = 1, medium: str = "") -> None:
         """Load a file and wait until all of it is there."""
         self._events.clear()
         self._call("Emulation.setDeviceMetricsOverride", width=width, height=900, deviceScaleFactor=scale, mobile=False)
