@@ -65,7 +65,7 @@ class Accounts:
 
     def __init__(self, found: Gathered, points: PointsConfig, name_of: Callable[[int], str]) -> None:
         """`name_of` is the system's list of users: what a ledger says about that is not believed."""
-        self._con, self.points, self._name_of = connect(found), points, name_of
+        self._con, self.points, self.name_of = connect(found), points, name_of
         self._con.execute("CREATE TABLE names (uid BIGINT, name VARCHAR)")
         self._con.execute("CREATE TABLE days (start DOUBLE, day VARCHAR, hour VARCHAR)")
 
@@ -116,7 +116,7 @@ class Accounts:
             uids |= {int(key) for (key,) in keys if key.isdecimal()}
         self._con.execute("DELETE FROM names")
         for uid in sorted(uids):
-            self._con.execute("INSERT INTO names VALUES (?, ?)", [uid, self._name_of(uid)])
+            self._con.execute("INSERT INTO names VALUES (?, ?)", [uid, self.name_of(uid)])
 
     def _learn_days(self, *, by_hour: bool) -> None:
         self._con.execute("DELETE FROM days")

@@ -7,6 +7,7 @@ import os
 import select
 import shutil
 import subprocess
+import sys
 import tempfile
 import time
 from pathlib import Path
@@ -14,48 +15,48 @@ from pathlib import Path
 PROGRAM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 
 
+# In a process of its own: in a fork of this one matplotlib closes its fonts, whose files may be 3 or 4 here.
+WITH_PIPES_AS_3_AND_4 = """import fcntl, os, sys
+ends = [fcntl.fcntl(int(fd), fcntl.F_DUPFD, 10) for fd in sys.argv[1:3]]
+for fd, number in zip(ends, (3, 4)):
+    os.dup2(fd, number)
+    os.close(fd)
+os.execv(sys.argv[3], sys.argv[3:])
+"""
+# root has no sandbox; in a container /dev/shm is often small
+FLAGS = """--headless --no-sandbox --disable-gpu --disable-dev-shm-usage --no-first-run --disable-extensions --hide-scrollbars
+--disable-background-networking --force-color-profile=srgb --remote-debugging-pipe""".split()  # noqa: SIM905
+
+
 class Browser:
     """One page in one browser; leaves nothing behind."""
 
     def __enter__(self) -> "Browser":
+        assert PROGRAM, "no Chromium here; tests/system_packages.sh installs it"
         self._folder = tempfile.mkdtemp(prefix="hpckv-browser-")
-        self._numbers, self._events, self._buffer = itertools.count(1), [], b""
+        self._numbers, self._events, self._buffer, self._session = itertools.count(1), [], b"", None
         to_it, self._write = os.pipe()
         self._read, from_it = os.pipe()
-
-        def as_3_and_4() -> None:
-            kept = os.dup(to_it), os.dup(from_it)  # either may be 3 or 4 itself
-            for fd, number in zip(kept, (3, 4), strict=True):
-                os.dup2(fd, number, inheritable=True)
-
-        # root has no sandbox; in a container /dev/shm is often small
-        flags = [
-            "--headless",
-            "--no-sandbox",
-            "--disable-gpu",
-            "--disable-dev-shm-usage",
-            "--no-first-run",
-            "--disable-extensions",
-        ]
-        flags += [
-            "--disable-background-networking",
-            "--force-color-profile=srgb",
-            "--hide-scrollbars",
-            f"--user-data-dir={self._folder}",
-        ]
+        browser = [PROGRAM, *FLAGS, f"--user-data-dir={self._folder}", "about:blank"]
         self._process = subprocess.Popen(
-            [PROGRAM, *flags, "--remote-debugging-pipe", "about:blank"],
-            stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-            preexec_fn=as_3_and_4, close_fds=False, env={**os.environ, "HOME": self._folder}, start_new_session=True,
-        )  # fmt: skip
+            [sys.executable, "-c", WITH_PIPES_AS_3_AND_4, str(to_it), str(from_it), *browser],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            pass_fds=(to_it, from_it),
+            env={**os.environ, "HOME": self._folder},
+        )
         os.close(to_it)
         os.close(from_it)
-        self._session = None
-        targets = self._call("Target.getTargets")["targetInfos"]
-        target = next(one["targetId"] for one in targets if one["type"] == "page")
-        self._session = self._call("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
-        for domain in ("Page", "Runtime", "Log", "Network"):
-            self._call(f"{domain}.enable")
+        try:
+            targets = self._call("Target.getTargets")["targetInfos"]
+            target = next(one["targetId"] for one in targets if one["type"] == "page")
+            self._session = self._call("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
+            for domain in ("Page", "Runtime", "Log", "Network"):
+                self._call(f"{domain}.enable")
+        except BaseException:
+            self.__exit__()
+            raise
         return self
 
     def __exit__(self, *_) -> None:
@@ -63,7 +64,7 @@ class Browser:
         try:
             self._call("Browser.close")
             self._process.wait(timeout=20)
-        except (OSError, subprocess.TimeoutExpired):
+        except (OSError, AssertionError, subprocess.TimeoutExpired):
             self._process.kill()
             self._process.wait()
         os.close(self._write)

@@ -243,7 +243,7 @@ def test_filters_are_those_of_the_question_and_are_said(usual):
     page, html = page_of(store, only=("hits-by-user", "hits-by-model"), uids=[2002], models=["qwen3-32b"])
     assert list(by_columns(page, "User").numbers("PromptTok")) == ["bkowalski"]
     assert list(by_columns(page, "Model").numbers("PromptTok")) == ["qwen3-32b"]
-    assert "users <bdi>uid 2002</bdi>; models <bdi>qwen3-32b</bdi>" in html
+    assert "users <bdi>bkowalski</bdi>; models <bdi>qwen3-32b</bdi>" in html
     assert all("-u 2002 --model qwen3-32b" in command for command in page.commands)
     assert 0 < int(page.facts["PromptTok"]) < truth.by_user[2002]["PromptTok"]
 

@@ -91,7 +91,7 @@ def make_report(
     report = Report(
         start=question.start,
         end=question.end,
-        filters=_filters(question),
+        filters=_filters(question, accounts.name_of),
         sources=[clean(str(path)) for path in (*stores, *runs)],
     )
     span = accounts.ask(replace(question, group="project", columns=columns_of(["Start", "End"], "project")))
@@ -138,8 +138,8 @@ def question_flags(question: Question, *, stores: Sequence[Path], runs: Sequence
     return flags + [text for flag, given in chosen.items() if given for text in (flag, ",".join(given))]
 
 
-def _filters(question: Question) -> list[tuple[str, str]]:
-    users = [] if question.uids is None else [f"uid {uid}" for uid in question.uids]
+def _filters(question: Question, name_of: Callable[[int], str]) -> list[tuple[str, str]]:
+    users = [] if question.uids is None else [name_of(uid) for uid in question.uids]
     chosen = {"users": users, "accounts": question.accounts, "jobs": question.jobs, "partitions": question.partitions}
     chosen |= {"models": question.models, "projects": question.projects}
     return [(name, clean(", ".join(given))) for name, given in chosen.items() if given]
