@@ -7,7 +7,7 @@ tools="h5dump:hdf5-tools h5ls:hdf5-tools setfacl:acl strace:strace mkfs.ext4:e2f
     shellcheck:shellcheck glusterfs:glusterfs-client glusterfsd:glusterfs-server ip:iproute2 pgrep:procps
     slurmctld:slurmctld slurmd:slurmd srun:slurm-client slurmdbd:slurmdbd munged:munge mariadbd:mariadb-server
     mmdebstrap:mmdebstrap mksquashfs:squashfs-tools squashfuse:squashfuse newuidmap:uidmap patchelf:patchelf
-    ch-run:charliecloud-runtime ch-convert:charliecloud-builders /usr/share/lmod/lmod/libexec/lmod:lmod"
+    ch-run:charliecloud-runtime ch-convert:charliecloud-builders /usr/share/lmod/lmod/libexec/lmod:lmod chromium:chromium"
 PATH=$PATH:/usr/sbin:/sbin
 for pair in $tools; do
     command -v "${pair%%:*}" >/dev/null || missing="$missing ${pair#*:}"

@@ -13,6 +13,7 @@ from typing import Annotated, Any
 import typer
 
 from hpckv.cli.acct_print import print_csv, print_definitions, print_json, print_parsable, print_table
+from hpckv.cli.acct_report import Destination, write_report
 from hpckv.cli.show import progress, user_name
 from hpckv.errors import ConfigError
 
@@ -38,7 +39,11 @@ def acct(
         bool, typer.Option("-X", "--allocations", help="One line a job, as is always printed.")
     ] = False,
     group: Annotated[
-        str, typer.Option("--group-by", help="job, user, account, project, model, gpu, day or writer.")
+        str,
+        typer.Option(
+            "--group-by",
+            help="job, user, account, project, model, gpu, hour, day, week, month, writer, or pair of writer and reader.",
+        ),
     ] = "job",
     fields: Annotated[
         str | None, typer.Option("-o", "--format", help="Columns, with %20 a width; $HPCKV_ACCT_FORMAT.")
@@ -56,6 +61,10 @@ def acct(
     ] = None,
     run: Annotated[list[str] | None, typer.Option("--run", help="Directories of runs without a store.")] = None,
     site: Annotated[str | None, typer.Option("--site", help="Site file with prices; $HPCKV_SITE.")] = None,
+    report: Annotated[
+        str | None, typer.Option("--report", help="Write a page with plots and their tables to this HTML file.")
+    ] = None,
+    png: Annotated[str | None, typer.Option("--png", help="Write the same plots as PNG files to this folder.")] = None,
     rollup: Annotated[
         bool, typer.Option("--rollup", help="Roll closed months up, as the store's owner, and print what was done.")
     ] = False,
@@ -67,6 +76,9 @@ def acct(
     if helpformat:
         print_definitions(group)
         return
+    of_table = {"-o": fields, "-n": no_header, "-p": parsable, "-P": parsable2, "--units": units}
+    of_table |= {"--group-by": group != "job", "--json": as_json, "--csv": as_csv, "--rollup": rollup}
+    destination = Destination.of(report, png, of_table)
     site_file = site or os.environ.get("HPCKV_SITE")
     stores = _stores(store, site_file, run)
     if rollup:
@@ -78,7 +90,7 @@ def acct(
     from hpckv.usage.timespec import parse_time
 
     wanted = _columns(fields or os.environ.get("HPCKV_ACCT_FORMAT") or "", group)
-    is_of_all = everybody or (group != "job" and not user)
+    is_of_all = everybody or ((group != "job" or destination is not None) and not user)
     question = Question(
         start=parse_time(starttime or ("1970-01-02" if jobs else "today"), "-S"),
         end=parse_time(endtime, "-E") + (endtime == "now"),  # with what has just been written
@@ -93,9 +105,15 @@ def acct(
     )
     points = read_points(Path(site_file) if site_file else None)
     found = gather(stores, [Path(path) for path in run or ()], question.start, question.end)
-    answer = Accounts(found, points, user_name).ask(question)
+    accounts = Accounts(found, points, user_name)
     for oddity in found.oddities:
         _log.warning("%s: %s", oddity.path, oddity.what)
+    if destination is not None:
+        runs = [Path(path) for path in run or ()]
+        at = Path(site_file) if site_file else None
+        write_report(destination, accounts, question, found, stores=stores, runs=runs, site=at)
+        return
+    answer = accounts.ask(question)
     if answer.unpriced:
         _log.warning("%d records are of no price in %s, and count 0 points", answer.unpriced, site_file)
     if as_json:

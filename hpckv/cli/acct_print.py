@@ -23,9 +23,9 @@ _UNITS = {"K": 1, "M": 2, "G": 3, "T": 4, "P": 5}
 
 def print_definitions(group: str) -> None:
     """Every column, and what it means."""
-    from hpckv.usage.columns import COLUMNS, WRITER_COLUMNS
+    from hpckv.usage.columns import BY_WRITER, COLUMNS, WRITER_COLUMNS
 
-    for column in (WRITER_COLUMNS if group == "writer" else COLUMNS).values():
+    for column in (WRITER_COLUMNS if group in BY_WRITER else COLUMNS).values():
         typer.echo(f"{column.name:<12} {column.definition}")
 
 

@@ -49,6 +49,7 @@ _ALL = (
     Column("Project", "text", _same("project"), "Unix group of the store"),
     Column("Run", "text", _same("run"), "name of the run directory"),
     Column("Model", "text", _same("model"), "name of the model's folder"),
+    Column("ModelDigest", "text", _same("model_digest"), "digest of the model's weights"),
     Column("GPU", "text", _same("gpu"), "the device computed on, cpu without one"),
     Column("NGPUs", "count", "max(num_gpus)", "GPUs of a replica, at most; on CPUs processes"),
     Column("Restarts", "count", "max(restart)", "how often Slurm had started the job again"),
@@ -96,6 +97,7 @@ _ALL = (
         _sum("written_bytes_host + written_bytes_local + written_bytes_shared"),
         "bytes of blocks kept",
     ),
+    Column("StoreWritten", "bytes", _sum("written_bytes_shared"), "of these, in the shared store"),
     Column("Load", "elapsed", "sum(load_s)", "time in which all waited for stored blocks"),
     Column("Prefill", "elapsed", "sum(prefill_s)", "time of steps, as far as their tokens were prompts'"),
     Column("Decode", "elapsed", "sum(decode_s)", "time of steps, as far as their tokens were generated"),
@@ -116,7 +118,16 @@ _ALL = (
         "Points", "number", "sum(gpu_s / 3600 * price)", "GPUTime at the site's price of partition, QoS, GPU and date"
     ),
     Column("SavedPoints", "number", "sum(saved_gpu_s / 3600 * price)", "SavedGPU at the same price"),
+    Column(
+        "DiskPoints",
+        "number",
+        "sum(written_bytes_shared * disk_price)",
+        "StoreWritten at the site's price of disk from when it was written to the window's end, as if none had been evicted",
+    ),
+    Column("Hour", "text", _same("hour"), "local hour of the interval's end"),
     Column("Day", "text", _same("day"), "local day of the interval's end"),
+    Column("Week", "text", _same("week"), "Monday of that week"),
+    Column("Month", "text", _same("month"), "month of that day"),
 )
 COLUMNS = {column.name.lower(): column for column in _ALL}
 DEFAULT = "JobID User Account Model GPU Requests PromptTok HitTok Hit% Computed OutTok SavedGPU Points".split()  # noqa: SIM905
@@ -132,7 +143,12 @@ _OF_WRITERS = (
     ),
     Column("SavedPoints", "number", "sum(share * saved_gpu_s / 3600 * price)", "the same in points"),
 )
-WRITER_COLUMNS = {column.name.lower(): column for column in _OF_WRITERS}
+_OF_PAIRS = (
+    Column("Reader", "text", _same("user_name"), "who loaded them"),
+    Column("WriterUID", "text", _same("writer_uid::VARCHAR"), "the writer as a number"),
+    Column("ReaderUID", "text", _same("uid::VARCHAR"), "the reader as a number"),
+)
+WRITER_COLUMNS = {column.name.lower(): column for column in (*_OF_WRITERS, *_OF_PAIRS)}
 WRITER_DEFAULT = [column.name for column in _OF_WRITERS]
 
 GROUPS = {
@@ -143,16 +159,27 @@ GROUPS = {
     "model": ("model, model_digest", ["Model", *DEFAULT[5:]]),
     "gpu": ("gpu", ["GPU", *DEFAULT[5:]]),
     "replica": ("gpu, num_gpus", ["GPU", "NGPUs", *DEFAULT[5:]]),
+    "hour": ("hour", ["Hour", *DEFAULT[5:]]),
     "day": ("day", ["Day", *DEFAULT[5:]]),
+    "week": ("week", ["Week", *DEFAULT[5:]]),
+    "month": ("month", ["Month", *DEFAULT[5:]]),
     "writer": ("writer_uid", WRITER_DEFAULT),
+    "pair": ("writer_uid, uid", ["Writer", "Reader", "LoadedTok", "Jobs", "SavedGPU", "SavedPoints"]),
 }
 """What may be grouped by: its SQL, and the columns that are shown then."""
+PERIODS = ("hour", "day", "week", "month")
+"""Groups that follow each other in time."""
+BY_WRITER = ("writer", "pair")
+"""Groups of what is owed to whom."""
 
 _SPELLED = {
     "job_id": JOB,
     "hit_tokens": _HITS,
     "user_name": "names.name",
+    "hour": "days.hour",
     "day": "days.day",
+    "week": "strftime(date_trunc('week', days.day::DATE), '%Y-%m-%d')",
+    "month": "left(days.day, 7)",
     "loaded_tokens": "coalesce(list_sum(map_values(owed)), 0)::BIGINT",
     "own_tokens": "coalesce(owed[r.uid::VARCHAR], 0)",
     "priced_tokens": f"computed_tokens + {{read}} * ({_HITS}) + (CASE WHEN keep_s >= 3600 THEN {{long}} ELSE {{short}} END - 1) "
@@ -175,7 +202,7 @@ def derived(prices: CachePrices, asked: str) -> str:
         else "1"
     )
     joined = " LEFT JOIN names ON names.uid = r.uid" if "user_name" in needed else ""
-    joined += " ASOF LEFT JOIN days ON r.t1 >= days.start" if "day" in needed else ""
+    joined += " ASOF LEFT JOIN days ON r.t1 >= days.start" if needed.keys() & set(PERIODS) else ""
     return f"SELECT r.*{extra} FROM (SELECT *, {owed} FROM priced) AS r{joined}"
 
 

@@ -1,0 +1,1 @@
+"""The accounting as a page: `sections` asks the ledger, `draw` and `svg` draw with matplotlib, `page` writes HTML."""
