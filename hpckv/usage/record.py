@@ -35,6 +35,8 @@ class Counters(msgspec.Struct):
     decode_s: float = 0.0
     gpu_s: float = 0.0
     saved_gpu_s: float = 0.0
+    energy_j: float | None = None
+    """Joules; None where nobody measured them, which is not 0."""
     by_writer: dict[str, int] = {}
     """Loaded tokens by the uid, in decimal, of who had written them."""
 
@@ -43,7 +45,7 @@ class Counters(msgspec.Struct):
         return Counters(**{name: _minus(getattr(self, name), getattr(before, name)) for name in self.__struct_fields__})
 
     def __add__(self, more: Counters) -> Counters:
-        return self - (Counters() - more)
+        return Counters(**{name: _plus(getattr(self, name), getattr(more, name)) for name in self.__struct_fields__})
 
     @property
     def is_nothing(self) -> bool:
@@ -119,7 +121,7 @@ class Record(Counters, kw_only=True):
         numbers = [self.seq]
         for name in Counters.__struct_fields__:
             value = getattr(self, name)
-            if name != "saved_gpu_s":
+            if name != "saved_gpu_s" and value is not None:
                 numbers += value.values() if isinstance(value, dict) else [value]
         if not all(0 <= number <= LARGEST for number in numbers) or not abs(self.saved_gpu_s) <= LARGEST:
             return "a number out of range"
@@ -134,9 +136,16 @@ IN_ORDER = Record.__struct_fields__[len(Counters.__struct_fields__) : -1] + Coun
 
 def _minus(now: Any, before: Any) -> Any:
     if not isinstance(now, dict):
-        return now - before
+        return None if now is None else now - (before or 0)
     differences = {key: now.get(key, 0) - before.get(key, 0) for key in {**now, **before}}
     return {key: value for key, value in differences.items() if value}
+
+
+def _plus(one: Any, other: Any) -> Any:
+    if not isinstance(one, dict):
+        return one if other is None else other + (one or 0)
+    sums = {key: one.get(key, 0) + other.get(key, 0) for key in {**one, **other}}
+    return {key: value for key, value in sums.items() if value}
 
 
 def _user_name() -> str:
