@@ -26,6 +26,7 @@ from hpckv.errors import (
 from hpckv.schema import read_yaml, to_plain
 from hpckv.workload.answers import bad_line_record, error_line, output_line
 from hpckv.workload.drain import Drain
+from hpckv.workload.job_comment import NOTHING_LEFT, comment, leave_comment
 from hpckv.workload.lines import BatchInput, BatchLine, read_batch
 from hpckv.workload.output import OutputFile, RunLock, write_file
 from hpckv.workload.plan import RunPlan, most_tokens_in_use, plan_run
@@ -125,6 +126,7 @@ def _run_locked(
     if engine.is_loaded:
         write_file(directory / "provenance.json", json.dumps(provenance(config, engine), indent=2))
     write_file(directory / "summary.json", json.dumps(summary.record(plan), indent=2))
+    leave_comment(comment(summary) if work else NOTHING_LEFT)
     return _exit_code(config, options, batch, output, errors, summary)
 
 
