@@ -6,13 +6,14 @@ import json
 import logging
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from hpckv.cli.acct_print import print_csv, print_definitions, print_json, print_parsable, print_table
+from hpckv.cli.acct_actions import balance_question, print_balance, print_disk, write_prometheus
+from hpckv.cli.acct_print import Form, print_answer, print_definitions
 from hpckv.cli.show import progress, user_name
 from hpckv.errors import ConfigError
 
@@ -59,13 +60,28 @@ def acct(
     rollup: Annotated[
         bool, typer.Option("--rollup", help="Roll closed months up, as the store's owner, and print what was done.")
     ] = False,
+    reconcile: Annotated[
+        bool, typer.Option("--reconcile", help="Set jobs beside sacct; exit code 3 if something does not agree.")
+    ] = False,
+    prom: Annotated[
+        Path | None, typer.Option("--prom", metavar="FILE", help="Everybody's sums for node_exporter, since ever.")
+    ] = None,
+    disk: Annotated[
+        bool, typer.Option("--disk", help="What the store's files cost, by user, or --group-by namespace.")
+    ] = False,
+    balance: Annotated[
+        bool, typer.Option("--balance", help="What the site's command says is left, beside what jobs cost.")
+    ] = False,
 ) -> None:
     """Who computed, who hit whose cache, and what it saved: `sacct` for prefixes.
 
     Example: hpckv acct -S now-7days --group-by user
     """
+    action = _one_of(
+        {"--rollup": rollup, "--reconcile": reconcile, "--prom": prom, "--disk": disk, "--balance": balance}
+    )
     if helpformat:
-        print_definitions(group)
+        print_definitions(_known(action, group))
         return
     site_file = site or os.environ.get("HPCKV_SITE")
     stores = _stores(store, site_file, run)
@@ -77,10 +93,11 @@ def acct(
     from hpckv.usage.query import Accounts, Question
     from hpckv.usage.timespec import parse_time
 
-    wanted = _columns(fields or os.environ.get("HPCKV_ACCT_FORMAT") or "", group)
+    asked = fields or ("" if action else os.environ.get("HPCKV_ACCT_FORMAT"))
+    wanted = _columns(asked or "", _known(action, group))
     is_of_all = everybody or (group != "job" and not user)
     question = Question(
-        start=parse_time(starttime or ("1970-01-02" if jobs else "today"), "-S"),
+        start=parse_time(starttime or ("1970-01-02" if jobs or prom or disk else "today"), "-S"),
         end=parse_time(endtime, "-E") + (endtime == "now"),  # with what has just been written
         group=group,
         columns=[column for column, _ in wanted],
@@ -92,20 +109,51 @@ def acct(
         projects=_list(project),
     )
     points = read_points(Path(site_file) if site_file else None)
-    found = gather(stores, [Path(path) for path in run or ()], question.start, question.end)
+    runs = [Path(path) for path in run or ()]
+    form = Form(not no_header, as_json, as_csv, parsable or parsable2, parsable, delimiter, units)
+    if reconcile:
+        from hpckv.cli.acct_reconcile import reconcile_with_slurm
+
+        raise typer.Exit(reconcile_with_slurm(question, stores, runs, wanted, form))
+    if prom:
+        write_prometheus(prom, question, stores, runs, points)
+        return
+    if disk:
+        print_disk(question, stores, points, wanted, form)
+        return
+    if balance:
+        question = balance_question(question)
+    found = gather(stores, runs, question.start, question.end)
     answer = Accounts(found, points, user_name).ask(question)
     for oddity in found.oddities:
         _log.warning("%s: %s", oddity.path, oddity.what)
     if answer.unpriced:
         _log.warning("%d records are of no price in %s, and count 0 points", answer.unpriced, site_file)
-    if as_json:
-        print_json(answer, found.oddities)
-    elif as_csv:
-        print_csv(answer, has_header=not no_header)
-    elif parsable or parsable2:
-        print_parsable(answer, delimiter, units, ends_lines=parsable, has_header=not no_header)
+    if balance:
+        print_balance(question, points, answer, form)
     else:
-        print_table(answer, [width for _, width in wanted], units, has_header=not no_header)
+        print_answer(answer, [width for _, width in wanted], form, found.oddities)
+
+
+def _one_of(actions: Mapping[str, object]) -> str:
+    """The one that was asked for, or nothing; raises `ConfigError` for two."""
+    asked = [flag for flag, value in actions.items() if value]
+    if len(asked) > 1:
+        raise ConfigError(f"{' and '.join(asked)}: one at a time")
+    return asked[0] if asked else ""
+
+
+def _known(action: str, group: str) -> Mapping[str, Any]:
+    """Columns by their names in lower case; raises `ConfigError` for a wrong group."""
+    from hpckv.cli.acct_reconcile import COLUMNS as RECONCILED
+    from hpckv.usage.columns import COLUMNS, GROUPS, WRITER_COLUMNS
+    from hpckv.usage.disk import COLUMNS as DISK
+
+    if action == "--disk":
+        return DISK
+    if group not in GROUPS:
+        raise ConfigError(f"--group-by {group}: expected one of {', '.join(GROUPS)}")
+    return RECONCILED if action == "--reconcile" else WRITER_COLUMNS if group == "writer" else COLUMNS
 
 
 def _stores(given: Sequence[str] | None, site: str | None, runs: Sequence[str] | None) -> list[Path]:
@@ -152,20 +200,14 @@ def _roll_up(stores: Sequence[Path], *, as_json: bool) -> None:
         typer.echo("no month is over")
 
 
-def _columns(text: str, group: str) -> list[tuple[Any, int | None]]:
+def _columns(text: str, known: Mapping[str, Any]) -> list[tuple[Any, int | None]]:
     """Of -o: columns and their widths; empty if none were asked for."""
-    from hpckv.usage.columns import GROUPS
-    from hpckv.usage.query import columns_of
-
-    if group not in GROUPS:
-        raise ConfigError(f"--group-by {group}: expected one of {', '.join(GROUPS)}")
-
     found = []
     for field in filter(None, text.split(",")):
         matched = _FIELD.fullmatch(field.strip())
         name, width = (matched["name"], matched["width"]) if matched else (field, None)
         try:
-            found.append((columns_of([name], group)[0], int(width) if width else None))
+            found.append((known[name.lower()], int(width) if width else None))
         except KeyError:
             raise ConfigError(f"-o {field.strip()}: no such column; hpckv acct -e lists them") from None
     return found
