@@ -80,6 +80,9 @@ def acct(
     action = _one_of(
         {"--rollup": rollup, "--reconcile": reconcile, "--prom": prom, "--disk": disk, "--balance": balance}
     )
+    if prom or disk:
+        filters = {"-u": user, "-A": account, "-r": partition, "-j": jobs, "--model": model, "--project": project}
+        _refuse({**filters, "--group-by": prom and group != "job", "-o": prom and fields}, action)
     if helpformat:
         print_definitions(_known(action, group))
         return
@@ -141,6 +144,13 @@ def _one_of(actions: Mapping[str, object]) -> str:
     if len(asked) > 1:
         raise ConfigError(f"{' and '.join(asked)}: one at a time")
     return asked[0] if asked else ""
+
+
+def _refuse(flags: Mapping[str, object], action: str) -> None:
+    """Raise `ConfigError` for what would be asked for in vain."""
+    for flag, value in flags.items():
+        if value:
+            raise ConfigError(f"{flag} does not go with {action}, which is about everybody and everything")
 
 
 def _known(action: str, group: str) -> Mapping[str, Any]:

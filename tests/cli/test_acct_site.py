@@ -135,6 +135,15 @@ def test_sums_for_prometheus_are_everybody_s_since_ever(store, tmp_path):
     assert ask(store, "--prom", tmp_path / "nowhere" / "x.prom").returncode == 73
 
 
+@pytest.mark.parametrize(
+    "flags", [("--disk", "-u", "root"), ("--prom", "x.prom", "-A", "a"), ("--prom", "x.prom", "-j", "7")]
+)
+def test_a_filter_that_would_be_in_vain_is_refused(store, flags):
+    done = ask(store, *flags)
+    assert (done.returncode, done.stdout) == (64, "")
+    assert f"{flags[-2]} does not go with {flags[0]}" in done.stderr
+
+
 def test_one_thing_at_a_time(store):
     done = ask(store, "--disk", "--balance")
     assert (done.returncode, "--disk and --balance: one at a time" in done.stderr) == (64, True)
