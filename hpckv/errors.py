@@ -47,6 +47,12 @@ class StoreError(HpckvError):
     exit_code = 69
 
 
+class SlurmError(HpckvError):
+    """Slurm cannot be asked, or does not answer."""
+
+    exit_code = 69
+
+
 class CannotWriteError(HpckvError):
     """The output cannot be written: read-only, full, or in use by another run."""
 

@@ -6,13 +6,14 @@ import json
 import logging
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from hpckv.cli.acct_print import print_csv, print_definitions, print_json, print_parsable, print_table
+from hpckv.cli.acct_actions import balance_question, print_balance, print_disk, write_prometheus
+from hpckv.cli.acct_print import Form, print_answer, print_definitions
 from hpckv.cli.acct_report import Destination, write_report
 from hpckv.cli.show import progress, user_name
 from hpckv.errors import ConfigError
@@ -42,7 +43,7 @@ def acct(
         str,
         typer.Option(
             "--group-by",
-            help="job, user, account, project, model, gpu, hour, day, week, month, writer, or pair of writer and reader.",
+            help="job, user, account, project, model, gpu, replica, hour, day, week, month, writer, or pair of writer and reader.",
         ),
     ] = "job",
     fields: Annotated[
@@ -68,16 +69,33 @@ def acct(
     rollup: Annotated[
         bool, typer.Option("--rollup", help="Roll closed months up, as the store's owner, and print what was done.")
     ] = False,
+    reconcile: Annotated[
+        bool, typer.Option("--reconcile", help="Set jobs beside sacct; exit code 3 if something does not agree.")
+    ] = False,
+    prom: Annotated[
+        Path | None, typer.Option("--prom", metavar="FILE", help="Everybody's sums for node_exporter, since ever.")
+    ] = None,
+    disk: Annotated[
+        bool, typer.Option("--disk", help="What the store's files cost, by user, or --group-by namespace.")
+    ] = False,
+    balance: Annotated[
+        bool, typer.Option("--balance", help="What the site's command says is left, beside what jobs cost.")
+    ] = False,
 ) -> None:
     """Who computed, who hit whose cache, and what it saved: `sacct` for prefixes.
 
     Example: hpckv acct -S now-7days --group-by user
     """
+    action = _one_of(
+        {"--rollup": rollup, "--reconcile": reconcile, "--prom": prom, "--disk": disk, "--balance": balance}
+    )
+    filters = {"-u": user, "-A": account, "-r": partition, "-j": jobs, "--model": model, "--project": project}
+    _refuse({**filters, "--group-by": prom and group != "job", "-o": prom and fields}, action)
     if helpformat:
-        print_definitions(group)
+        print_definitions(_known(action, group))
         return
     of_table = {"-o": fields, "-n": no_header, "-p": parsable, "-P": parsable2, "--units": units}
-    of_table |= {"--group-by": group != "job", "--json": as_json, "--csv": as_csv, "--rollup": rollup}
+    of_table |= {"--group-by": group != "job", "--json": as_json, "--csv": as_csv, action: action}
     destination = Destination.of(report, png, of_table)
     site_file = site or os.environ.get("HPCKV_SITE")
     stores = _stores(store, site_file, run)
@@ -89,10 +107,11 @@ def acct(
     from hpckv.usage.query import Accounts, Question
     from hpckv.usage.timespec import parse_time
 
-    wanted = _columns(fields or os.environ.get("HPCKV_ACCT_FORMAT") or "", group)
+    asked = fields or ("" if action else os.environ.get("HPCKV_ACCT_FORMAT"))
+    wanted = _columns(asked or "", _known(action, group))
     is_of_all = everybody or ((group != "job" or destination is not None) and not user)
     question = Question(
-        start=parse_time(starttime or ("1970-01-02" if jobs else "today"), "-S"),
+        start=parse_time(starttime or ("1970-01-02" if jobs or prom or disk else "today"), "-S"),
         end=parse_time(endtime, "-E") + (endtime == "now"),  # with what has just been written
         group=group,
         columns=[column for column, _ in wanted],
@@ -104,26 +123,67 @@ def acct(
         projects=_list(project),
     )
     points = read_points(Path(site_file) if site_file else None)
-    found = gather(stores, [Path(path) for path in run or ()], question.start, question.end)
+    runs = [Path(path) for path in run or ()]
+    form = Form(not no_header, as_json, as_csv, parsable or parsable2, parsable, delimiter, units)
+    if reconcile:
+        from hpckv.cli.acct_reconcile import reconcile_with_slurm
+
+        raise typer.Exit(reconcile_with_slurm(question, stores, runs, wanted, form))
+    if prom:
+        write_prometheus(prom, question, stores, runs, points)
+        return
+    if disk:
+        print_disk(question, stores, points, wanted, form)
+        return
+    if balance:
+        question = balance_question(question)
+    found = gather(stores, runs, question.start, question.end)
     accounts = Accounts(found, points, user_name)
     for oddity in found.oddities:
         _log.warning("%s: %s", oddity.path, oddity.what)
     if destination is not None:
-        runs = [Path(path) for path in run or ()]
         at = Path(site_file) if site_file else None
         write_report(destination, accounts, question, found, stores=stores, runs=runs, site=at)
         return
     answer = accounts.ask(question)
     if answer.unpriced:
         _log.warning("%d records are of no price in %s, and count 0 points", answer.unpriced, site_file)
-    if as_json:
-        print_json(answer, found.oddities)
-    elif as_csv:
-        print_csv(answer, has_header=not no_header)
-    elif parsable or parsable2:
-        print_parsable(answer, delimiter, units, ends_lines=parsable, has_header=not no_header)
+    if balance:
+        print_balance(question, points, answer, form)
     else:
-        print_table(answer, [width for _, width in wanted], units, has_header=not no_header)
+        print_answer(answer, [width for _, width in wanted], form, found.oddities)
+
+
+def _one_of(actions: Mapping[str, object]) -> str:
+    """The one that was asked for, or nothing; raises `ConfigError` for two."""
+    asked = [flag for flag, value in actions.items() if value]
+    if len(asked) > 1:
+        raise ConfigError(f"{' and '.join(asked)}: one at a time")
+    return asked[0] if asked else ""
+
+
+def _refuse(flags: Mapping[str, object], action: str) -> None:
+    """Raise `ConfigError` for what would be asked for in vain."""
+    for flag, value in flags.items():
+        if value and action in ("--prom", "--disk"):
+            raise ConfigError(f"{flag} does not go with {action}, which is about everybody and everything")
+
+
+def _known(action: str, group: str) -> Mapping[str, Any]:
+    """Columns by their names in lower case; raises `ConfigError` for a wrong group."""
+    if action == "--disk":
+        from hpckv.usage.disk import COLUMNS as OF_DISK
+
+        return OF_DISK
+    from hpckv.usage.columns import BY_WRITER, COLUMNS, GROUPS, WRITER_COLUMNS
+
+    if group not in GROUPS:
+        raise ConfigError(f"--group-by {group}: expected one of {', '.join(GROUPS)}")
+    if action == "--reconcile":
+        from hpckv.cli.acct_reconcile import COLUMNS as RECONCILED
+
+        return RECONCILED
+    return WRITER_COLUMNS if group in BY_WRITER else COLUMNS
 
 
 def _stores(given: Sequence[str] | None, site: str | None, runs: Sequence[str] | None) -> list[Path]:
@@ -170,20 +230,14 @@ def _roll_up(stores: Sequence[Path], *, as_json: bool) -> None:
         typer.echo("no month is over")
 
 
-def _columns(text: str, group: str) -> list[tuple[Any, int | None]]:
+def _columns(text: str, known: Mapping[str, Any]) -> list[tuple[Any, int | None]]:
     """Of -o: columns and their widths; empty if none were asked for."""
-    from hpckv.usage.columns import GROUPS
-    from hpckv.usage.query import columns_of
-
-    if group not in GROUPS:
-        raise ConfigError(f"--group-by {group}: expected one of {', '.join(GROUPS)}")
-
     found = []
     for field in filter(None, text.split(",")):
         matched = _FIELD.fullmatch(field.strip())
         name, width = (matched["name"], matched["width"]) if matched else (field, None)
         try:
-            found.append((columns_of([name], group)[0], int(width) if width else None))
+            found.append((known[name.lower()], int(width) if width else None))
         except KeyError:
             raise ConfigError(f"-o {field.strip()}: no such column; hpckv acct -e lists them") from None
     return found

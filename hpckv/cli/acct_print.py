@@ -6,7 +6,8 @@ import csv
 import json
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import typer
@@ -15,17 +16,47 @@ from hpckv.errors import ConfigError
 from hpckv.quantity import format_bytes
 
 if TYPE_CHECKING:
+    from hpckv.usage.columns import Column
     from hpckv.usage.ledger import Oddity
     from hpckv.usage.query import Answer
+
+
+@dataclass(frozen=True)
+class Form:
+    """How it was asked to be printed."""
+
+    has_header: bool = True
+    is_json: bool = False
+    is_csv: bool = False
+    is_parsable: bool = False
+    ends_lines: bool = False
+    delimiter: str = "|"
+    units: str | None = None
+
+    @property
+    def is_table(self) -> bool:
+        return not (self.is_json or self.is_csv or self.is_parsable)
+
+
+def print_answer(answer: Answer, widths: Sequence[int | None], form: Form, oddities: Sequence[Oddity] = ()) -> None:
+    """In that form."""
+    if form.is_json:
+        print_json(answer, oddities)
+    elif form.is_csv:
+        print_csv(answer, has_header=form.has_header)
+    elif form.is_parsable:
+        ends_lines, has_header = form.ends_lines, form.has_header
+        print_parsable(answer, form.delimiter, form.units, ends_lines=ends_lines, has_header=has_header)
+    else:
+        print_table(answer, widths, form.units, has_header=form.has_header)
+
 
 _UNITS = {"K": 1, "M": 2, "G": 3, "T": 4, "P": 5}
 
 
-def print_definitions(group: str) -> None:
+def print_definitions(known: Mapping[str, Column]) -> None:
     """Every column, and what it means."""
-    from hpckv.usage.columns import BY_WRITER, COLUMNS, WRITER_COLUMNS
-
-    for column in (WRITER_COLUMNS if group in BY_WRITER else COLUMNS).values():
+    for column in known.values():
         typer.echo(f"{column.name:<12} {column.definition}")
 
 

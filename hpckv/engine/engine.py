@@ -141,6 +141,11 @@ class Engine:
         return self.rank.pages
 
     @property
+    def saved_gpu_s(self) -> float:
+        """GPU seconds that caches have saved so far, as the ledger counts them."""
+        return self._meter.sample().saved_gpu_s
+
+    @property
     def is_loaded(self) -> bool:
         return self._loaded is not None
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import grp
 import logging
 import os
+import platform
 import threading
 import time
 from collections.abc import Mapping
@@ -18,6 +19,7 @@ from hpckv.errors import HpckvError
 from hpckv.log import warn_once
 from hpckv.store.fetch import within
 from hpckv.store.root import StoreRoot
+from hpckv.usage.energy import EnergyMeter, energy_meter
 from hpckv.usage.ledger import LedgerFile, MakeFolder
 from hpckv.usage.meter import Meter
 from hpckv.usage.record import Counters, Record
@@ -42,12 +44,14 @@ class EngineMeter:
         self._lock = threading.Lock()
         self._began, self._began_at = time.monotonic(), time.time()
         self._meter: Meter | None = None
+        self._energy: EnergyMeter | None = None
 
     def start(self) -> None:
         """The model is loaded: write the first record, and go on by itself. Without store and run directory there is no ledger."""
         place = self._place()
         if place is not None:
             folder, make, project = place
+            self._energy = self._make_energy_meter()
             file = LedgerFile(folder, self._pattern(project), make, now=self._began_at)
             self._meter = Meter(file, self.sample, patience_s=self._patience_s)
             if self._run:
@@ -81,6 +85,7 @@ class EngineMeter:
         now.gpu_s = gpus * (time.monotonic() - self._began)
         if not engine.is_loaded:
             return now
+        now.energy_j = (self._energy.joules or None) if self._energy else None
         times = engine.times
         now.load_s, now.prefill_s = times.load_s, times.prefill_s
         now.decode_s = max(0.0, times.forward_s + times.sample_s - times.prefill_s)
@@ -109,6 +114,20 @@ class EngineMeter:
         if self._run is None:
             return None
         return self._run / "ledger", partial(Path.mkdir, parents=True, exist_ok=True), None
+
+    def _make_energy_meter(self) -> EnergyMeter:
+        """Now that the model is loaded: before, no process of this replica is on a GPU."""
+        rank = self._engine.rank
+        world, first = rank.world, rank.dims.replica * rank.world.group.size
+        own = [member for member in world.members if 0 <= member.rank - first < world.group.size]
+        here = {member.rank for member in world.members if member.host == platform.node()}
+        return energy_meter(
+            rank.capability.kind,
+            frozenset(member.pid for member in own) or frozenset({os.getpid()}),
+            world.group.size,
+            is_on_one_node=len({member.host for member in own}) <= 1,
+            has_node=here <= {member.rank for member in own},
+        )
 
     @property
     def _patience_s(self) -> float:

@@ -8,7 +8,16 @@ from collections.abc import Iterable, Iterator, Mapping
 
 _OF_A_JOB = ("SLURM", "SBATCH", "SRUN", "SUBMITIT", "PMI", "PMIX", "OMPI", "HYDRA", "MPI_LOCAL")
 _OF_RANKS = frozenset(
-    {"MASTER_ADDR", "MASTER_PORT", "RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "HPCKV_OUTCOME"}
+    {
+        "MASTER_ADDR",
+        "MASTER_PORT",
+        "RANK",
+        "WORLD_SIZE",
+        "LOCAL_RANK",
+        "LOCAL_WORLD_SIZE",
+        "HPCKV_OUTCOME",
+        "HPCKV_COMMENT",
+    }
 )
 _KEPT = frozenset({"SLURM_CONF"})
 _SBATCH_NAMES = {"time": "TIMELIMIT", "array": "ARRAY_INX", "mem": "MEM_PER_NODE", "no-requeue": "REQUEUE"}

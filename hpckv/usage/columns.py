@@ -115,6 +115,12 @@ _ALL = (
         "GPUs x (HitTok / tokens prefilled a second, as measured in that run - Load); credited to the reader",
     ),
     Column(
+        "Energy",
+        "number",
+        "sum(energy_j)",
+        "joules of the GPUs, on CPUs of the node, in intervals in which they were measured and nobody else's; else empty",
+    ),
+    Column(
         "Points", "number", "sum(gpu_s / 3600 * price)", "GPUTime at the site's price of partition, QoS, GPU and date"
     ),
     Column("SavedPoints", "number", "sum(saved_gpu_s / 3600 * price)", "SavedGPU at the same price"),

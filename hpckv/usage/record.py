@@ -8,7 +8,7 @@ import pwd
 import secrets
 from collections.abc import Mapping
 from operator import attrgetter
-from typing import Any
+from typing import Any, get_origin
 
 import msgspec
 
@@ -36,6 +36,8 @@ class Counters(msgspec.Struct, gc=False):  # no cycles: the collector need not l
     decode_s: float = 0.0
     gpu_s: float = 0.0
     saved_gpu_s: float = 0.0
+    energy_j: float | None = None
+    """Joules; None where nobody measured them, which is not 0."""
     by_writer: dict[str, int] = {}
     """Loaded tokens by the uid, in decimal, of who had written them."""
 
@@ -44,7 +46,7 @@ class Counters(msgspec.Struct, gc=False):  # no cycles: the collector need not l
         return Counters(**{name: _minus(getattr(self, name), getattr(before, name)) for name in self.__struct_fields__})
 
     def __add__(self, more: Counters) -> Counters:
-        return self - (Counters() - more)
+        return Counters(**{name: _plus(getattr(self, name), getattr(more, name)) for name in self.__struct_fields__})
 
     @property
     def is_nothing(self) -> bool:
@@ -117,7 +119,7 @@ class Record(Counters, kw_only=True, gc=False):
             return f"unknown tiers: {', '.join(sorted(set(self.cached) - set(TIERS)))}"
         if self.prompt_tokens != sum(self.cached.values()) + self.computed_tokens:
             return f"{self.prompt_tokens} prompt tokens are not the cached and the computed ones"
-        numbers = [*_plain_numbers(self)]
+        numbers = [*_plain_numbers(self), self.energy_j or 0.0]
         for mapping in filter(None, _mappings(self)):
             numbers += mapping.values()
         if min(numbers) < 0 or max(numbers) > LARGEST or abs(self.saved_gpu_s) > LARGEST:
@@ -130,7 +132,7 @@ class Record(Counters, kw_only=True, gc=False):
 IN_ORDER = Record.__struct_fields__[len(Counters.__struct_fields__) : -1] + Counters.__struct_fields__ + ("prev",)
 """Of a line's fields."""
 _TIERS = frozenset(TIERS)
-_mappings = attrgetter(*(f.name for f in msgspec.structs.fields(Counters) if f.type not in (int, float)))
+_mappings = attrgetter(*(f.name for f in msgspec.structs.fields(Counters) if get_origin(f.type) is dict))
 _plain_numbers = attrgetter(
     "seq", *(f.name for f in msgspec.structs.fields(Counters) if f.type in (int, float) and f.name != "saved_gpu_s")
 )
@@ -138,9 +140,16 @@ _plain_numbers = attrgetter(
 
 def _minus(now: Any, before: Any) -> Any:
     if not isinstance(now, dict):
-        return now - before
+        return None if now is None else now - (before or 0)
     differences = {key: now.get(key, 0) - before.get(key, 0) for key in {**now, **before}}
     return {key: value for key, value in differences.items() if value}
+
+
+def _plus(one: Any, other: Any) -> Any:
+    if not isinstance(one, dict):
+        return one if other is None else other + (one or 0)
+    sums = {key: one.get(key, 0) + other.get(key, 0) for key in {**one, **other}}
+    return {key: value for key, value in sums.items() if value}
 
 
 def _user_name() -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Collection, Iterable, Sequence
 from functools import partial
 from operator import attrgetter
@@ -29,11 +30,14 @@ def _part(name: str, tier: str) -> Get:
 
 
 _KINDS = {str: "VARCHAR", str | None: "VARCHAR", int: "BIGINT", int | None: "BIGINT", float: "DOUBLE"}
+_UNKNOWN = "energy_j"
+"""A number that may be unknown: NaN in an array, NULL in the table."""
 _PARTS = {"cached": TIERS, "read_bytes": TIERS[1:], "written_bytes": TIERS[1:]}
 COLUMNS: dict[str, tuple[str, Get]] = {
     **{f.name: (_KINDS[f.type], _field(f.name)) for f in msgspec.structs.fields(Record) if f.type in _KINDS},
     **{f"{name}_{tier}": ("BIGINT", _part(name, tier)) for name, tiers in _PARTS.items() for tier in tiers},
     "array_task": ("BIGINT", lambda records: (-1 if r.array_task is None else r.array_task for r in records)),
+    _UNKNOWN: ("DOUBLE", lambda records: (math.nan if r.energy_j is None else r.energy_j for r in records)),
     "by_writer": ("VARCHAR", lambda records: (_json(r.by_writer).decode() for r in records)),
 }
 """Type, and records' values."""
@@ -55,7 +59,8 @@ def connect(found: Gathered, columns: Collection[str] = COLUMNS.keys()) -> duckd
     con.execute(f"CREATE TABLE fresh ({', '.join(f'{name} {kind}' for name, kind in _types(needed).items())})")
     if found.records:
         con.register("batch", _arrays(found.records, needed))
-        con.execute(f"INSERT INTO fresh SELECT {names} FROM batch")
+        given = names.replace(_UNKNOWN, f"nullif({_UNKNOWN}, 'nan'::DOUBLE) AS {_UNKNOWN}")
+        con.execute(f"INSERT INTO fresh SELECT {given} FROM batch")
         con.unregister("batch")
     con.execute("CREATE TABLE stale (path VARCHAR, file VARCHAR)")
     parts = [f"SELECT {names} FROM fresh"]
@@ -64,8 +69,9 @@ def connect(found: Gathered, columns: Collection[str] = COLUMNS.keys()) -> duckd
         for file in sorted(month.stale):
             con.execute("INSERT INTO stale VALUES (?, ?)", [str(month.path), file])
         where = f" WHERE file NOT IN (SELECT file FROM stale WHERE path = {path})" if month.stale else ""
-        parts.append(f"SELECT {names} FROM read_parquet({path}){where}")
-    con.execute(f"CREATE VIEW everything AS {' UNION ALL '.join(parts)}")
+        parts.append(f"SELECT * FROM read_parquet({path}){where}")
+    # By name: a month that was rolled up before a field was added has it unknown, and one that has more keeps it to itself.
+    con.execute(f"CREATE VIEW everything AS SELECT {names} FROM ({' UNION ALL BY NAME '.join(parts)})")
     own = "SELECT * FROM everything WHERE NOT is_after"
     afterwards = (
         f"SELECT * FROM everything WHERE is_after AND (writer, seq) NOT IN (SELECT (writer, seq) FROM ({own})) "

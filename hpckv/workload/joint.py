@@ -22,6 +22,7 @@ from hpckv.quantity import format_count
 from hpckv.schema import to_plain
 from hpckv.workload.answers import bad_line_record, error_line, output_line
 from hpckv.workload.drain import Drain
+from hpckv.workload.job_comment import NOTHING_LEFT, comment, leave_comment
 from hpckv.workload.lines import BatchInput, BatchLine
 from hpckv.workload.merge import add_up, merge_parts, run_digest
 from hpckv.workload.output import OutputFile, RunLock, ids_in, write_file
@@ -91,6 +92,7 @@ class _JoinedRun:
         left = [line for name, line in self._lines.items() if name not in done]
         if not left:
             _log.info("all %d answers are there", len(done))
+            leave_comment(NOTHING_LEFT)
             return EXIT_OK
         self._plan = self._agree_on_plan(left)
         self._place = {name: place for place, name in enumerate(self._plan.ids)}
@@ -266,3 +268,5 @@ class _JoinedRun:
         write_file(folder / f"{self._worker.name}.summary.json", json.dumps(own, indent=2))
         records = {path.name: json.loads(path.read_bytes()) for path in sorted(folder.glob("*.summary.json"))}
         write_file(self._directory / "summary.json", json.dumps(add_up(records), indent=2))
+        self._summary.replicas = [own]
+        leave_comment(comment(self._summary))

@@ -28,6 +28,7 @@ from hpckv.usage.rates import read_rates
 from hpckv.workload.answers import bad_line_record, error_line, output_line
 from hpckv.workload.drain import Drain
 from hpckv.workload.forecast import forecast
+from hpckv.workload.job_comment import NOTHING_LEFT, comment, leave_comment
 from hpckv.workload.lines import BatchInput, BatchLine, read_batch
 from hpckv.workload.outlook import seconds_of
 from hpckv.workload.output import OutputFile, RunLock, write_file
@@ -133,6 +134,7 @@ def _run_locked(
     if engine.is_loaded:
         write_file(directory / "provenance.json", json.dumps(provenance(config, engine), indent=2))
     write_file(directory / "summary.json", json.dumps(summary.record(plan), indent=2))
+    leave_comment(comment(summary) if work else NOTHING_LEFT)
     return _exit_code(config, options, batch, output, errors, summary)
 
 

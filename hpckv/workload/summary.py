@@ -34,6 +34,7 @@ def engine_record(engine: Engine) -> dict[str, Any]:
         record["scheduler"] = engine.scheduler.stats.__dict__
         record["step_seconds"] = {k: round(v, 4) for k, v in engine.times.__dict__.items()}
         record["pages"] = {"total": engine.pages.num_usable, "evicted": engine.cache.pool.num_evicted}
+        record["saved_gpu_s"] = round(engine.saved_gpu_s, 3)
         record["loaded_tokens"] = {tier: n * size for tier, n in engine.cache.stats.onboarded.items()}
     if engine.store:
         tiers = engine.store.tiers

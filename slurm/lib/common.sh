@@ -26,6 +26,10 @@ hpckv_submit=(${hpckv_sbatch[@]+"${hpckv_sbatch[@]}"} "$0" "$@")
 hpckv_step=''     # the process that works
 hpckv_drain=''    # it is to stop because the time is up
 hpckv_ended=''    # it is to stop because somebody says so
+hpckv_said=''     # what it says of itself when it is over
+hpckv_verb=run    # of `hpckv`, that it is
+hpckv_job=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_${SLURM_ARRAY_TASK_ID:-0}} # one task has the whole array's number as its own
+hpckv_job=${hpckv_job:-${SLURM_JOB_ID:-}}
 
 # hpckv_note_time NAME: when a part of the start began, for summary.json.
 hpckv_note_time() {
@@ -124,8 +128,9 @@ hpckv_run_step() {
     if [ -n "$hpckv_drain$hpckv_ended" ]; then
         return 75 # told to stop before it began
     fi
-    # Empty, but it needs an inode.
+    # Empty at first, but they need inodes.
     HPCKV_OUTCOME=$(mktemp 2>/dev/null || mktemp -p /tmp) && export HPCKV_OUTCOME
+    HPCKV_COMMENT=$(mktemp 2>/dev/null || mktemp -p /tmp) && export HPCKV_COMMENT
     # In the background: bash runs traps only while it waits, and srun hands signals on to every task.
     "$@" &
     hpckv_step=$!
@@ -137,7 +142,9 @@ hpckv_run_step() {
     hpckv_step=''
     # A rank that loses another one ends them all, and srun then has the code of one that was killed.
     said=$(cat "$HPCKV_OUTCOME" 2>/dev/null)
-    rm -f "$HPCKV_OUTCOME"
+    # What the run says of itself, in one line; hpckv_note_end tells Slurm.
+    hpckv_said=$(head -n 1 "$HPCKV_COMMENT" 2>/dev/null | head -c 200 | tr -cd '[:print:]')
+    rm -f "$HPCKV_OUTCOME" "$HPCKV_COMMENT"
     if [ "$code" -gt 128 ] && [ -n "$said" ]; then
         code=$said
     fi
@@ -148,6 +155,7 @@ hpckv_run_step() {
 }
 
 hpckv_main() {
+    hpckv_verb=$1
     hpckv_find_command || hpckv_exit
     hpckv_worker "${hpckv_command[@]}" "$@"
 }
@@ -159,6 +167,7 @@ hpckv_worker() {
     hpckv_begin || hpckv_exit
     hpckv_redirect_caches
     options=(--mpi="$(hpckv_mpi)" --export=ALL) # a job that was submitted with --export=NONE would pass that on
+    options+=(--job-name="hpckv-$hpckv_verb")   # by this name `hpckv acct --reconcile` knows the job in sacct
     # Slurm 22.05 and later do not tell a step by themselves.
     [ -z "${SLURM_CPUS_PER_TASK:-}" ] || options+=(--cpus-per-task="$SLURM_CPUS_PER_TASK")
     hpckv_start_budget

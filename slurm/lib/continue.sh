@@ -111,6 +111,22 @@ hpckv_end() {
 
 hpckv_note_end() {
     [ -z "${hpckv_start:-}" ] || echo "end $SLURM_JOB_ID $(date +%s) $1 $2" >>"$hpckv_start"
+    hpckv_comment
+}
+
+# What the run says of itself becomes the job's comment, for `sacct -o JobID,Comment%80`. Whoever gave the job one keeps it. It fails without a
+# word where the site forbids it, and takes a few seconds at most where Slurm does not answer.
+hpckv_comment() {
+    local shown
+    [ -n "$hpckv_said" ] || return 0
+    # shellcheck disable=SC2154 # common.sh has it
+    shown=$(timeout -k 1 5 scontrol --oneliner show job "$hpckv_job" 2>/dev/null) || return 0
+    case $shown in
+    *' Comment=hpckv '*) ;;
+    *' Comment='*) return 0 ;;
+    esac
+    timeout -k 1 5 scontrol update "JobId=$hpckv_job" "Comment=$hpckv_said" >/dev/null 2>&1
+    return 0
 }
 
 # submitit looks for its pickle by this job's number, which a task of an array, and a job that goes on, do not share.
@@ -206,7 +222,7 @@ hpckv_requeue() {
     hpckv_say "requests are left; requeued (start $hpckv_attempt of at most ${HPCKV_ATTEMPTS:-20})"
     hpckv_note_end 75 requeue
     trap - USR1 USR2 TERM INT # Slurm ends this start
-    if scontrol requeue "$SLURM_JOB_ID"; then
+    if scontrol requeue "$hpckv_job"; then
         sleep 60
         exit 75
     fi

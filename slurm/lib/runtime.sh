@@ -50,7 +50,7 @@ find_runtime() {
 # What MPI, Slurm and the node's own disk need to be seen inside, as far as it is there.
 add_node_paths() {
     local path
-    for path in "${HPCKV_LOCAL:-}" "${SLURM_TMPDIR:-}" "${TMPDIR:-}" "${HPCKV_OUTCOME:-}" "/local/${USER:-}/${SLURM_JOB_ID:-}" \
+    for path in "${HPCKV_LOCAL:-}" "${SLURM_TMPDIR:-}" "${TMPDIR:-}" "${HPCKV_OUTCOME:-}" "${HPCKV_COMMENT:-}" "/local/${USER:-}/${SLURM_JOB_ID:-}" \
         "${PMIX_SERVER_TMPDIR:-}" "${PMIX_SYSTEM_TMPDIR:-}" /var/spool/slurmd /var/spool/slurm /dev/infiniband /dev/shm "$PWD"; do
         if [ -n "$path" ] && [ -e "$path" ] && [ -r "$path" ]; then
             paths+=("$path")

@@ -31,7 +31,7 @@ def test_a_step_gets_its_cores_and_the_whole_environment(tmp_path):
     one = batch(tmp_path)
     assert one.start("exit 0").returncode == 0
     assert one.called("srun") == [
-        *("--mpi=pmi2", "--export=ALL", "--cpus-per-task=3"),
+        *("--mpi=pmi2", "--export=ALL", "--job-name=hpckv-run", "--cpus-per-task=3"),
         *("python3", "-m", "submitit"),
     ]
 

@@ -1,0 +1,114 @@
+"""Who is shown what by `hpckv acct`, with real user ids: own jobs, everybody's sums and jobs - and outside of the group nothing."""
+
+import contextlib
+import io
+import json
+import os
+import sys
+
+import pytest
+
+from hpckv.cli.main import main
+from hpckv.store.policy import StorePolicy
+from hpckv.store.root import StoreRoot
+from hpckv.usage.ledger import LedgerFile
+from hpckv.usage.record import Counters, Record
+from tests.store.users import GROUPS, MEMBER, OTHER, OWNER, PROJECT, STRANGER, as_user, reachable
+
+pytestmark = pytest.mark.root
+
+TOKENS = {OWNER: 1, MEMBER: 10, OTHER: 100}
+
+
+def acct(uid: int, store: str, *arguments: str) -> tuple[int, str, str]:
+    """Exit code, stdout and stderr of `hpckv acct` as that user."""
+
+    def ask() -> object:
+        said, wrong = io.StringIO(), io.StringIO()
+        sys.argv = ["hpckv", "acct", "--store", store, "-S", "now-1day", *arguments]
+        with contextlib.redirect_stdout(said), contextlib.redirect_stderr(wrong), pytest.raises(SystemExit) as ended:
+            main()
+        return [ended.value.code or 0, said.getvalue(), wrong.getvalue()]
+
+    code, said, wrong = ask() if uid == 0 else as_user(uid, ask)
+    return code, said, wrong
+
+
+@pytest.fixture
+def store(tmp_path) -> str:
+    """Of a project, with a job of each member."""
+    folder = reachable(tmp_path) / "shared"
+    folder.mkdir()
+    os.chown(folder, OWNER, PROJECT)
+    folder.chmod(0o2770)
+
+    def make() -> None:
+        StoreRoot.create(folder / "store", StorePolicy.new(group=PROJECT))
+
+    as_user(OWNER, make)
+    for uid, tokens in TOKENS.items():
+        as_user(uid, lambda uid=uid, tokens=tokens: work(folder / "store", uid, tokens))
+    acct(0, str(folder / "store"), "-a", "-j", "1")  # users cannot read the interpreter: all modules are there now
+    acct(0, str(folder / "store"), "--group-by", "user", "-o", "User,PromptTok")
+    return str(folder / "store")
+
+
+def work(store, uid: int, tokens: int) -> None:
+    root = StoreRoot.open(store)
+    folder = root.layout.ledger(os.getuid())
+    root.make_own_folder(folder)
+    pattern = Record.of_this_process(environ={"SLURM_JOB_ID": str(uid)}, project="vision")
+    file = LedgerFile(folder, pattern, root.make_own_folder)
+    file.append(Counters(requests=1, prompt_tokens=tokens, computed_tokens=tokens))
+    file.close()
+
+
+def rows(uid: int, store: str, *arguments: str) -> list[dict]:
+    code, said, wrong = acct(uid, store, "--json", *arguments)
+    assert (code, wrong) == (0, "")
+    return json.loads(said)["rows"]
+
+
+@pytest.mark.parametrize("uid", TOKENS)
+def test_a_member_sees_own_jobs_and_everybody_s_if_asked(store, uid):
+    assert [(row["JobID"], row["PromptTok"]) for row in rows(uid, store)] == [(str(uid), TOKENS[uid])]
+    assert {row["JobID"]: row["PromptTok"] for row in rows(uid, store, "-a")} == {str(u): n for u, n in TOKENS.items()}
+
+
+@pytest.mark.parametrize("uid", TOKENS)
+def test_sums_are_everybody_s(store, uid):
+    by_user = {row["PromptTok"] for row in rows(uid, store, "--group-by", "user", "-o", "User,PromptTok")}
+    assert by_user == {1, 10, 100}
+    assert rows(uid, store, "--group-by", "project", "-o", "Project,PromptTok") == [
+        {"Project": "vision", "PromptTok": 111}
+    ]
+
+
+@pytest.mark.parametrize(
+    "flags", [(), ("-a",), ("-u", str(MEMBER)), ("--group-by", "user"), ("--disk",), ("--prom", "x.prom")]
+)
+def test_outside_of_the_group_there_is_nothing(store, flags):
+    code, said, wrong = acct(STRANGER, store, *flags)
+    assert (code, said) == (77, "")
+    assert wrong.count("\n") == 1
+
+
+def test_who_has_left_the_group_sees_not_even_own_jobs(store, monkeypatch):
+    monkeypatch.setitem(GROUPS, MEMBER, [62002])
+    assert acct(MEMBER, store)[:2] == (77, "")
+    assert acct(MEMBER, store, "-a")[:2] == (77, "")
+
+
+def test_a_private_store_s_ledger_is_its_owner_s(tmp_path):
+    folder = reachable(tmp_path) / "own"
+    folder.mkdir()
+    os.chown(folder, MEMBER, PROJECT)
+
+    def make() -> None:
+        StoreRoot.create(folder / "store", StorePolicy.new())
+        work(folder / "store", MEMBER, 5)
+
+    as_user(MEMBER, make)
+    acct(0, str(folder / "store"), "-a")
+    assert [row["PromptTok"] for row in rows(MEMBER, str(folder / "store"))] == [5]
+    assert acct(OTHER, str(folder / "store"), "-a")[:2] == (77, "")
