@@ -143,7 +143,7 @@ def test_without_continuation_the_job_says_how_to_go_on(cluster, tmp_path, check
 
 
 def test_a_job_that_is_cancelled_keeps_its_answers_and_does_not_come_back(cluster, tmp_path, checkpoint):
-    run_file, out = long_run(tmp_path, checkpoint, 200), tmp_path / "out"
+    run_file, out = long_run(tmp_path, checkpoint, 2000), tmp_path / "out"
     job = sbatch(cluster, tmp_path, "single_a100.sh", run_file, HPCKV_RUN_DIR=str(out))
     command = [sys.executable, "-m", "hpckv.cli.main"]
     before = interrupt(cluster, tmp_path, job, "true")
