@@ -34,6 +34,7 @@ bench: $(STAMP)
 	$(BIN)/python bench/store_peers.py
 	$(BIN)/python bench/restart.py
 	$(BIN)/python bench/acct.py
+	$(BIN)/python bench/plan.py
 
 soak: $(STAMP)
 	sh tests/system_packages.sh

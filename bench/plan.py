@@ -79,7 +79,7 @@ def main() -> None:
         run_file.write_text(json.dumps(config))
         (folder / "in.jsonl").write_text("")
         (folder / "site.yaml").write_text("{}")
-        rates = run("bench", "load", run_file, "--lengths", "512,1024,2048", "--site-fragment")
+        rates = run("bench", "load", run_file, "--lengths", "256,512,1024,2048", "--site-fragment")
         (folder / "site.yaml").write_text(rates)
         print(rates, file=sys.stderr)
         for number in range(given.rounds):

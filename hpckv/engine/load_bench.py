@@ -9,6 +9,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import numpy as np
+
 from hpckv.comm import ParallelConfig, World
 from hpckv.engine.config import EngineConfig
 from hpckv.engine.engine import Engine
@@ -95,8 +97,21 @@ class LoadBench:
         return self.decode_requests / (self.decode_step_s + self.decode_requests * self.decode_token_s)
 
     @property
+    def prefill_times(self) -> tuple[float, float]:
+        """Seconds of a prompt token, and of each token before it that it attends: a line through seconds a token by length."""
+        lengths = np.array(self.lengths, float)
+        seconds = np.array(list(self.prefill_s.values()))
+        if len(lengths) > 1:
+            # n tokens have n (n - 1) / 2 pairs. Short prompts take long for other reasons: each counts by its length.
+            slope, level = np.polyfit((lengths - 1) / 2, seconds / lengths, 1, w=np.sqrt(lengths))
+            if slope > 0 and level > 0:
+                return float(level), float(slope)
+        return 1 / self.full_step_tokens_per_s, 0.0
+
+    @property
     def rate(self) -> dict[str, object]:
         """For the site file's `rates:` (`hpckv.usage.rates`)."""
+        token_s, pair_s = self.prefill_times
         shared = next(
             (self.bytes_per_s(reads) for reads in self.tiers if reads.tier == "shared" and not reads.trouble), None
         )
@@ -104,7 +119,8 @@ class LoadBench:
             "gpu": self.gpu,
             "model": self.model,
             "num_gpus": self.num_gpus,
-            "prefill_tokens_per_s": round(self.full_step_tokens_per_s, 1),
+            "prefill_tokens_per_s": round(1 / token_s, 1),
+            **({"attended_tokens_per_s": round(1 / pair_s)} if pair_s else {}),
             "decode_tokens_per_s": round(1 / self.decode_token_s, 1),
             "decode_step_s": round(self.decode_step_s, 6),
             "start_s": round(self.start_s, 1),

@@ -20,7 +20,7 @@ class Rates(Config, frozen=True):
     gpu: str
     """Its name as in provenance.json, or a part of it, for example H100; `cpu` for processors."""
     prefill_tokens_per_s: float
-    """Prompt tokens a second of one replica."""
+    """Prompt tokens a second of one replica, without what `attended_tokens_per_s` counts."""
     decode_tokens_per_s: float
     """Answer tokens a second of one replica with many sequences at once, without what `decode_step_s` is."""
     model: str | None = None
@@ -29,6 +29,8 @@ class Rates(Config, frozen=True):
     """Of the replica that was measured."""
     decode_step_s: float = 0.0
     """What a decode step takes however many sequences it has."""
+    attended_tokens_per_s: float | None = None
+    """Pairs a second of a prompt token that is computed and one before it: attention, which grows with the square of a length."""
     start_s: float = 0.0
     """From the start of the process until the weights are loaded."""
     load_bytes_per_s: float | None = None
@@ -37,7 +39,7 @@ class Rates(Config, frozen=True):
     """When it was measured, YYYY-MM-DD."""
 
     def __post_init__(self) -> None:
-        for name in ("prefill_tokens_per_s", "decode_tokens_per_s", "load_bytes_per_s"):
+        for name in ("prefill_tokens_per_s", "decode_tokens_per_s", "attended_tokens_per_s", "load_bytes_per_s"):
             if not (getattr(self, name) or 1) > 0:
                 raise ConfigError(f"rates: {name}: {getattr(self, name)} is not above 0")
         if self.num_gpus < 1 or self.decode_step_s < 0 or self.start_s < 0:

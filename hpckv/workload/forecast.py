@@ -21,6 +21,8 @@ class Forecast:
     prompt_tokens: int = 0
     cached: Counter[str] = field(default_factory=Counter)
     """Prompt tokens by where they will be found; `device` where another request of the run had them before."""
+    attended_tokens: int = 0
+    """Pairs of a token that is computed and one before it."""
     loaded_blocks: int = 0
     """That come from a store."""
     new_blocks: int = 0
@@ -70,6 +72,7 @@ def forecast(prompts: Iterable[PlannedPrompt], block_tokens: int, nearest: Neare
         found.cached["device"] += min(on_device * block_tokens, limit)
         for number, tier in enumerate(tiers, on_device):
             found.cached[tier] += min(block_tokens, limit - number * block_tokens)
+        found.attended_tokens += (length * (length - 1) - limit * (limit - 1)) // 2
         fresh.update(keys[matched:])
         uses.update(keys)
         found.requests += 1

@@ -309,7 +309,10 @@ def seconds_of(
     ranks, replicas = parallel.tp * parallel.pp, parallel.replicas
     speed = ranks / rates.num_gpus
     speed = 1 + (speed - 1) * _SCALING if speed > 1 else speed
-    prefill_s = expected.computed_tokens / (rates.prefill_tokens_per_s * speed * replicas)
+    prefill_s = expected.computed_tokens / rates.prefill_tokens_per_s
+    if rates.attended_tokens_per_s:
+        prefill_s += expected.attended_tokens / rates.attended_tokens_per_s
+    prefill_s /= speed * replicas
     steps = decode_steps(output_tokens, config.engine.max_requests * replicas)
     decode_s = sum(output_tokens) / (rates.decode_tokens_per_s * speed * replicas) + steps * rates.decode_step_s
     load_s = load_bytes / rates.load_bytes_per_s if rates.load_bytes_per_s else 0.0
