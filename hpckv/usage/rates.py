@@ -80,6 +80,13 @@ def _rates(rows: Sequence[Sequence[object]], model: str) -> list[Rates]:
         assert isinstance(prefill_s, float)
         assert isinstance(decode_s, float)
         if min(computed, output) >= _LEAST_TOKENS and min(prefill_s, decode_s) > 0:
-            of = {"gpu": str(gpu), "model": model, "num_gpus": int(str(num_gpus))}
-            rates.append(Rates(prefill_tokens_per_s=computed / prefill_s, decode_tokens_per_s=output / decode_s, **of))  # type: ignore[arg-type]
+            rates.append(
+                Rates(
+                    gpu=str(gpu),
+                    model=model,
+                    num_gpus=int(str(num_gpus)),
+                    prefill_tokens_per_s=computed / prefill_s,
+                    decode_tokens_per_s=output / decode_s,
+                )
+            )
     return rates

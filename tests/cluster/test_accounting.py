@@ -36,12 +36,21 @@ def can_be_read_by_others(path: Path) -> bool:
     return all(part.stat().st_mode & 0o001 for part in (path, *path.parents))
 
 
+def link_or_copy(source: str, target: str) -> None:
+    try:
+        os.link(source, target)
+    except OSError:  # on another filesystem
+        shutil.copy2(source, target)
+
+
 @pytest.fixture(scope="module")
 def home(site: Site) -> Path:
     """A checkout on the shared filesystem, with an interpreter that every user can run, and no image."""
     packages = [Path(path) for path in sys.path if path.endswith("site-packages")]
-    if not all(map(can_be_read_by_others, packages)):
-        pytest.skip("ordinary users cannot read this interpreter's packages")
+    for number, path in enumerate(packages):
+        if not can_be_read_by_others(path):  # a checkout in a folder of root's own
+            packages[number] = site.cluster.folder / f"packages-{number}"
+            shutil.copytree(path, packages[number], symlinks=True, copy_function=link_or_copy)
     python = Path(sys.base_prefix)
     if not can_be_read_by_others(python):  # root's own
         copy = site.cluster.folder / "python"
