@@ -8,6 +8,7 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Iterable
+from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar, get_args
 
@@ -17,6 +18,7 @@ from hpckv.errors import ConfigError, MissingInputError
 from hpckv.quantity import ByteSize
 
 T = TypeVar("T")
+SITE_SECTIONS = ("defaults", "points", "rates")
 
 _UNKNOWN = re.compile(r"Object contains unknown field `(?P<name>[^`]*)`(?: - at `\$\.?(?P<path>.*)`)?")
 _OTHER = re.compile(r"(?P<what>.*?)(?: - at `\$\.?(?P<path>.*)`)?", re.DOTALL)
@@ -31,7 +33,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
     import yaml  # here, as most commands read none
 
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        content = yaml.load(path.read_text(encoding="utf-8"), _strict_loader())
     except FileNotFoundError:
         raise MissingInputError(f"{path}: no such file") from None
     except OSError as error:
@@ -49,6 +51,15 @@ def read_yaml(path: Path) -> dict[str, Any]:
     return content
 
 
+def read_site(site: Path) -> dict[str, Any]:
+    """A site file; raises `ConfigError` for a section that there is none of, `MissingInputError`."""
+    content = read_yaml(site)
+    for name in content:
+        if name not in SITE_SECTIONS:
+            raise ConfigError(f"{site}: {name}: unknown section; a site file has {', '.join(SITE_SECTIONS)}")
+    return content
+
+
 def convert(content: object, into: type[T], where: str) -> T:
     """Build `into` from plain data; `where` names the source in errors (a file, a flag).
 
@@ -63,6 +74,23 @@ def convert(content: object, into: type[T], where: str) -> T:
 def to_plain(config: object) -> Any:
     """The reverse of `convert`: plain data, sizes as people write them."""
     return msgspec.to_builtins(config, enc_hook=str)
+
+
+@cache
+def _strict_loader() -> Any:
+    """YAML's safe loader, that refuses a key which stands twice: the later one would win without a word."""
+    import yaml
+
+    class Loader(yaml.SafeLoader):
+        def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+            seen = set()
+            for key, _ in node.value:
+                if key.value in seen and isinstance(key.value, str) and key.value != "<<":
+                    raise yaml.constructor.ConstructorError(None, None, f"{key.value}: stands twice", key.start_mark)
+                seen.add(key.value if isinstance(key.value, str) else id(key))
+            return super().construct_mapping(node, deep)
+
+    return Loader
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

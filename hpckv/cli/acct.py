@@ -90,7 +90,8 @@ def acct(
         {"--rollup": rollup, "--reconcile": reconcile, "--prom": prom, "--disk": disk, "--balance": balance}
     )
     filters = {"-u": user, "-A": account, "-r": partition, "-j": jobs, "--model": model, "--project": project}
-    _refuse({**filters, "--group-by": prom and group != "job", "-o": prom and fields}, action)
+    of_prom = {"--group-by": group != "job", "-o": fields, "--json": as_json, "--csv": as_csv, "-P": parsable2}
+    _refuse({**filters, **(of_prom if prom else {})}, action)
     if helpformat:
         print_definitions(_known(action, group))
         return
@@ -109,7 +110,8 @@ def acct(
 
     asked = fields or ("" if action else os.environ.get("HPCKV_ACCT_FORMAT"))
     wanted = _columns(asked or "", _known(action, group))
-    is_of_all = everybody or ((group != "job" or destination is not None) and not user)
+    is_sum = group != "job" or balance or destination is not None
+    is_of_all = (everybody or is_sum) and not user
     question = Question(
         start=parse_time(starttime or ("1970-01-02" if jobs or prom or disk else "today"), "-S"),
         end=parse_time(endtime, "-E") + (endtime == "now"),  # with what has just been written

@@ -47,7 +47,7 @@ def write_prometheus(
     found = gather(stores, runs, question.start, question.end)
     for oddity in found.oddities:
         _log.warning("%s: %s", oddity.path, oddity.what)
-    write_textfile(path, textfile(found, points, user_name))
+    write_textfile(path, textfile(found, points, user_name, question.start, question.end))
     _log.info("%s: %d ledger files", path, found.num_files)
 
 
@@ -97,7 +97,14 @@ def print_balance(question: Question, points: PointsConfig, answer: Answer, form
     if form.is_json:
         rows = [dict(zip((c.name for c in answer.columns), row, strict=True)) for row in answer.rows]
         total = {c.name: value for c, value in zip(answer.columns, answer.total, strict=True) if value != ""}
-        record: dict[str, Any] = {"command": command, "balance": said, "rows": rows, "total": total}
+        columns = {c.name: {"kind": c.kind, "definition": c.definition} for c in answer.columns}
+        record: dict[str, Any] = {
+            "command": command,
+            "balance": said,
+            "columns": columns,
+            "rows": rows,
+            "total": total,
+        }
         typer.echo(json.dumps({**record, "start": question.start, "end": question.end}))
         return
     print_answer(answer, [], form)
@@ -109,17 +116,14 @@ def print_balance(question: Question, points: PointsConfig, answer: Answer, form
 
 def balance_question(question: Question) -> Question:
     """What the window's jobs cost, by user."""
+    from hpckv.usage.columns import BY_WRITER, DEFAULT, GROUPS
     from hpckv.usage.query import columns_of
 
     group = "user" if question.group == "job" else question.group
-    if group == "writer":
-        raise ConfigError("--balance --group-by writer: writers cost nothing; group by user, account or project")
-    names = [
-        *({"user": ["User"], "account": ["Account"], "project": ["Project"]}.get(group, [])),
-        "GPUTime",
-        "Points",
-        "SavedPoints",
-    ]
+    if group in BY_WRITER:
+        raise ConfigError(f"--balance --group-by {group}: writers cost nothing; group by user, account or project")
+    keys = [name for name in GROUPS[group][1] if name not in DEFAULT[5:]]
+    names = [*keys, "GPUTime", "Points", "SavedPoints"]
     return replace(question, group=group, columns=question.columns or columns_of(names, group))
 
 

@@ -145,8 +145,14 @@ def _members(stores: Sequence[Path]) -> set[int]:
     for store in stores:
         found |= {uid for uid, _ in users(StoreLayout(store))}
         group = StoreRoot.open(store).policy.group
+        if group is None:
+            continue
+        found |= {entry.pw_uid for entry in pwd.getpwall() if entry.pw_gid == group}
+        names: list[str] = []
         with suppress(KeyError):
-            for name in grp.getgrgid(group).gr_mem if group is not None else ():
+            names = grp.getgrgid(group).gr_mem
+        for name in names:
+            with suppress(KeyError):  # somebody who has left
                 found.add(pwd.getpwnam(name).pw_uid)
     return found
 

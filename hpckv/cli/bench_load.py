@@ -40,7 +40,7 @@ def load(
     """Load a stored prefix, or compute it? Prefill, decode and read rates of each tier, and from which length on loading wins.
 
     Example: srun --gpus=1 hpckv bench load RUN.yaml --lengths 1024,8192
-    Example: hpckv bench load RUN.yaml --site-fragment >>rates.yaml
+    Example: hpckv bench load RUN.yaml --site-fragment >rates.yaml
 
     As many ranks as `parallel:` has for one replica must be started. Prompts are random tokens; blocks have the model's real size.
     """

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from hpckv.workload.outlook import Cost, Outlook
 
 EXIT_BEYOND_BUDGET = 77
+EXIT_DOES_NOT_FIT = 78
 
 
 def plan(
@@ -56,7 +57,7 @@ def plan(
     data sheets, which is marked so and may be off by a factor of three.
 
     Exit codes: 0; 64 wrong flag or setting; 65 bad input line; 66 missing input; 69 model or store unusable;
-    77 the run costs more than slurm.max_points.
+    77 the run costs more than slurm.max_points; 78 it fits none of these kinds of GPU.
     """
     config = load_run(runfile, flags={"input": batch_input, "output": output}, sets=sets or (), environ=os.environ)
     from hpckv.workload.outlook import look_ahead
@@ -70,7 +71,8 @@ def plan(
         _print(found, is_expected=output_tokens is not None)
     if found.is_beyond_budget:
         typer.echo(f"hpckv: more than slurm.max_points: {found.max_points:g}", err=True)
-    raise typer.Exit(EXIT_BEYOND_BUDGET if found.is_beyond_budget else EXIT_OK)
+        raise typer.Exit(EXIT_BEYOND_BUDGET)
+    raise typer.Exit(EXIT_OK if found.costs else EXIT_DOES_NOT_FIT)
 
 
 def _stepping(lines: Sequence[BatchLine]) -> Iterator[BatchLine]:

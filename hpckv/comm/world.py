@@ -34,6 +34,8 @@ _HOST_BYTES, _LOG_BYTES = 64, 192
 _MEMBER = np.dtype([("pid", "<i8"), ("host", f"S{_HOST_BYTES}"), ("log", f"S{_LOG_BYTES}")])
 _ADDRESS = np.dtype([("host", "S64"), ("port", "<u4"), ("secret", "u1", (SECRET_BYTES,))])
 LEAVE_S = 15.0
+END_S = 600.0
+"""Others may still seal and write down what they have; one that is lost is known sooner, by its heartbeat."""
 _LAST_WORDS_S = 0.3
 """mpiexec ends all at once on an abort and drops what was said just before it."""
 
@@ -113,6 +115,7 @@ class World:
         if (
             self.everyone.size > 1
         ):  # MPI's own end of a run waits for a lost rank for ever, and lets no other thread run
+            self.watch.deadline_s = max(self.watch.deadline_s, END_S)
             self.watch.wait(self.everyone.reduce_min(np.zeros(1, np.int32)), "the other ranks to end")
         self.lifeline.close()
         if self._mpi is not None:

@@ -23,6 +23,11 @@ class Capability:
     cpu_flags: frozenset[str] = field(default=frozenset(), repr=False)
 
     @property
+    def label(self) -> str:
+        """Its name in the ledger and in site files."""
+        return self.name if self.kind == "cuda" else self.kind
+
+    @property
     def has_bf16(self) -> bool:
         """bfloat16 arithmetic in hardware: sm_80 and newer, or a CPU with AMX or AVX512 for it."""
         if self.kind == "cuda":

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
-
-from hpckv.device.capability import Capability
 
 
 @dataclass(frozen=True)
@@ -20,10 +19,6 @@ class GpuClass:
     bandwidth_gb_s: float
     """Of its memory, 10^9 bytes a second."""
 
-    @property
-    def capability(self) -> Capability:
-        return Capability("cuda", self.name, self.compute, int(self.memory_gb * 1e9))
-
 
 GPU_CLASSES = (
     GpuClass("V100 16GB", (7, 0), 16, 125, 900),
@@ -35,9 +30,18 @@ GPU_CLASSES = (
 )
 
 
+def is_kind(part: str, name: str) -> bool:
+    """Whether a GPU's name has all words of `part`: H100 is a kind of `NVIDIA H100 80GB HBM3`, A10 none of A100."""
+    return set(words_of(part)) <= set(words_of(name))
+
+
+def words_of(name: str) -> list[str]:
+    """Of a GPU's name."""
+    return re.findall(r"[a-z0-9]+", name.lower())
+
+
 def gpu_class(name: str) -> GpuClass | None:
     """The class that a driver's or a site's name of a GPU means, such as `NVIDIA H100 80GB HBM3` or `a100`."""
-    words = name.upper().replace("-", " ").replace("_", " ").split()
-    kinds = [gpu for gpu in GPU_CLASSES if gpu.name.split()[0] in words]
-    exact = [gpu for gpu in kinds if gpu.name.split()[1] in words]
+    kinds = [gpu for gpu in GPU_CLASSES if is_kind(gpu.name.split()[0], name)]
+    exact = [gpu for gpu in kinds if is_kind(gpu.name, name)]
     return next(iter(exact or kinds), None)

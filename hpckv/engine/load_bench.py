@@ -171,9 +171,8 @@ def measure(
         step_s, token_s = _decode_times(one, max(1, requests))
         step()
         steps = [n for n in prefill_s if n <= engine.max_batch_tokens] or [min(prefill_s)]
-        device = one.rank.capability
         return LoadBench(
-            gpu=device.name if device.kind == "cuda" else device.kind,  # as the ledger calls it
+            gpu=one.rank.capability.label,
             model=Path(settings.path).resolve().name,
             dtype=one.rank.dtype_name,
             block_tokens=size,

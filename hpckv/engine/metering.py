@@ -144,7 +144,7 @@ class EngineMeter:
             run=self._run.resolve().name if self._run else None,
             model=Path(self._engine.settings.path).resolve().name,
             model_digest=rank.weights_digest or "",
-            gpu=rank.capability.name if rank.capability.kind == "cuda" else rank.capability.kind,
+            gpu=rank.capability.label,
             num_gpus=rank.world.group.size,
             num_nodes=max(1, len(hosts)),
             keep_s=config.keep_s if config else 0,

@@ -24,6 +24,7 @@ _FIELDS = (
     *("JobIDRaw", "JobID", "JobName", "Cluster", "UID", "User", "Account", "Partition", "QOS", "State", "ExitCode"),
     *("Start", "End", "ElapsedRaw", "AllocTRES", "ConsumedEnergyRaw", "Restarts", "Comment"),
 )
+_JOB = re.compile(r"\d{1,18}(_\d{1,18})?")
 _GPUS = re.compile(r"(?:^|,)gres/gpu=(\d+)")
 
 
@@ -38,6 +39,7 @@ def starts_between(start: float, end: float, uids: Sequence[int]) -> list[SlurmS
 def starts_of(jobs: Sequence[str]) -> list[SlurmStart]:
     """All of these jobs, whenever they were; numbers as Slurm's own, of a task of an array its own. Raises `SlurmError`."""
     found: list[SlurmStart] = []
+    jobs = [job for job in jobs if _JOB.fullmatch(job)]  # for a word that is no job sacct refuses all of them
     for first in range(0, len(jobs), _AT_ONCE):
         found += _starts(["-a", "-j", ",".join(jobs[first : first + _AT_ONCE])])
     return found

@@ -78,7 +78,7 @@ def read_tiers(
         finally:
             store.close()
             # Of a store that was made for this everything goes.
-            for folder in folders if str(place) == config.shared else [*folders, *copies]:
+            for folder in folders if place == Path(config.shared) else [*folders, *copies]:
                 shutil.rmtree(folder, ignore_errors=True)
 
 

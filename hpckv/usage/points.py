@@ -5,8 +5,9 @@ from __future__ import annotations
 from datetime import datetime
 from pathlib import Path
 
+from hpckv.device.gpus import is_kind, words_of
 from hpckv.errors import ConfigError
-from hpckv.schema import Config, convert, read_yaml
+from hpckv.schema import Config, convert, read_site
 
 
 class Price(Config, frozen=True):
@@ -48,7 +49,7 @@ class Price(Config, frozen=True):
         if any(own is not None and own != asked for own, asked in ((self.partition, partition), (self.qos, qos))):
             return False
         since, until = (None if day is None else _start_of(day) for day in (self.since, self.until))
-        is_its_gpu = self.gpu is None or self.gpu.lower() in gpu.lower()
+        is_its_gpu = self.gpu is None or is_kind(self.gpu, gpu)
         return is_its_gpu and (since is None or t >= since) and (until is None or t < until)
 
     @property
@@ -61,8 +62,8 @@ class Price(Config, frozen=True):
                 parts.append(f"{name} = ?")
                 values.append(wanted)
         if self.gpu is not None:
-            parts.append("contains(lower(gpu), lower(?))")
-            values.append(self.gpu)
+            parts.append("list_has_all(regexp_extract_all(lower(gpu), '[a-z0-9]+'), ?::VARCHAR[])")
+            values.append(words_of(self.gpu))
         if self.since is not None:
             parts.append("t1 >= ?")
             values.append(_start_of(self.since))
@@ -119,7 +120,7 @@ def read_points(site: Path | None) -> PointsConfig:
     """The `points:` section; all defaults without a site file. Raises `ConfigError`, `MissingInputError`."""
     if site is None:
         return PointsConfig()
-    return convert(read_yaml(site).get("points") or {}, PointsConfig, f"{site}: points")
+    return convert(read_site(site).get("points") or {}, PointsConfig, f"{site}: points")
 
 
 def _start_of(day: str) -> float:

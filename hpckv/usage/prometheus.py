@@ -66,33 +66,41 @@ def write_textfile(path: Path, lines: Iterable[str]) -> None:
         raise CannotWriteError(f"{path}: {error.strerror}") from None
 
 
-def textfile(found: Gathered, points: PointsConfig, name_of: Callable[[int], str]) -> Iterator[str]:
-    """Lines of all metrics; one that nothing is known of has none."""
+def textfile(
+    found: Gathered, points: PointsConfig, name_of: Callable[[int], str], start: float, end: float
+) -> Iterator[str]:
+    """Lines of all metrics, over records that ended in [start, end); one that nothing is known of has none."""
     con = connect(found)
     price, values = points.price_sql
-    con.execute(f"CREATE TEMP TABLE priced AS SELECT *, {price} AS price FROM records", values)
+    con.execute(
+        f"CREATE TEMP TABLE priced AS SELECT *, {price} AS price FROM records WHERE t1 >= ? AND t1 < ?",
+        [*values, start, end],
+    )
     for metric in METRICS:
         tiers = metric.tiers or ("",)
         sums = ", ".join(metric.sql.format(tier=tier) for tier in tiers)
         query = f"SELECT uid, account, project, model, gpu, {sums} FROM priced GROUP BY ALL ORDER BY ALL"
-        samples = []
+        samples: dict[str, float] = {}
         for uid, *labels, rest in ((*row[:5], row[5:]) for row in con.execute(query).fetchall()):
             named = dict(zip(LABELS, (name_of(uid), *labels), strict=True))
             for tier, value in zip(tiers, rest, strict=True):
-                if value is not None:
-                    samples.append(_sample(metric.name, {**named, "tier": tier} if tier else named, value))
+                if value is not None:  # what differs in characters that no label has is one series
+                    series = _series(metric.name, {**named, "tier": tier} if tier else named)
+                    before = samples.get(series)
+                    is_sum = metric.sql.startswith("sum(")
+                    samples[series] = value if before is None else before + value if is_sum else max(before, value)
         if samples:
-            yield from (*_head(metric), *samples)
-    yield from (*_head(_ODDITIES), _sample(_ODDITIES.name, {}, len(found.oddities)))
+            yield from (*_head(metric), *(f"{series} {value!r}" for series, value in samples.items()))
+    yield from (*_head(_ODDITIES), f"{_ODDITIES.name} {len(found.oddities)}")
 
 
 def _head(metric: Metric) -> tuple[str, str]:
     return f"# HELP {metric.name} {metric.help}", f"# TYPE {metric.name} {metric.kind}"
 
 
-def _sample(name: str, labels: dict[str, Any], value: float) -> str:
+def _series(name: str, labels: dict[str, Any]) -> str:
     given = ",".join(f'{label}="{_escaped(text or "")}"' for label, text in labels.items())
-    return f"{name}{{{given}}} {value!r}" if given else f"{name} {value!r}"
+    return f"{name}{{{given}}}"
 
 
 def _escaped(text: str) -> str:

@@ -6,8 +6,9 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from hpckv.device.gpus import is_kind
 from hpckv.errors import ConfigError
-from hpckv.schema import Config, convert, read_yaml
+from hpckv.schema import Config, convert, read_site
 
 LEDGER_DAYS = 90
 _LEAST_TOKENS = 500
@@ -34,27 +35,33 @@ class Rates(Config, frozen=True):
     start_s: float = 0.0
     """From the start of the process until the weights are loaded."""
     load_bytes_per_s: float | None = None
-    """At which stored blocks arrive."""
+    """At which stored blocks arrive at one rank."""
     date: str | None = None
     """When it was measured, YYYY-MM-DD."""
 
     def __post_init__(self) -> None:
         for name in ("prefill_tokens_per_s", "decode_tokens_per_s", "attended_tokens_per_s", "load_bytes_per_s"):
-            if not (getattr(self, name) or 1) > 0:
-                raise ConfigError(f"rates: {name}: {getattr(self, name)} is not above 0")
+            if (value := getattr(self, name)) is not None and not value > 0:
+                raise ConfigError(f"rates: {name}: {value} is not above 0")
         if self.num_gpus < 1 or self.decode_step_s < 0 or self.start_s < 0:
             raise ConfigError("rates: num_gpus is at least 1, decode_step_s and start_s at least 0")
 
     def is_of(self, gpu: str, model: str) -> bool:
-        """Whether it holds for them."""
-        return self.gpu.lower() in gpu.lower() and self.model in (None, model)
+        """Whether it holds for them; of two names of a GPU one may say less than the other."""
+        return (is_kind(self.gpu, gpu) or is_kind(gpu, self.gpu)) and self.model in (None, model)
+
+
+def best_rates(known: Sequence[Rates], gpu: str, model: str, num_gpus: int) -> Rates | None:
+    """Of those that hold: the model's own before any model's, a replica of this size before others, the earlier in the list."""
+    fitting = [rates for rates in known if rates.is_of(gpu, model)]
+    return min(fitting, key=lambda rates: (rates.model is None, rates.num_gpus != num_gpus), default=None)
 
 
 def read_rates(site: Path | None) -> list[Rates]:
     """The `rates:` section; empty without a site file. Raises `ConfigError`, `MissingInputError`."""
     if site is None:
         return []
-    return convert(read_yaml(site).get("rates", []), list[Rates], f"{site}: rates")
+    return convert(read_site(site).get("rates") or [], list[Rates], f"{site}: rates")
 
 
 def ledger_rates(store: Path, model: str, now: float | None = None) -> list[Rates]:

@@ -124,6 +124,9 @@ class Record(Counters, kw_only=True, gc=False):
             numbers += mapping.values()
         if min(numbers) < 0 or max(numbers) > LARGEST or abs(self.saved_gpu_s) > LARGEST:
             return "a number out of range"
+        whole = (self.restart, self.keep_s, self.array_task or 0, self.num_nodes - 1, self.num_gpus - 1)
+        if min(whole) < 0 or max(whole) > LARGEST or not all(map(_is_uid, self.by_writer)):
+            return "a number out of range"
         if not 0 <= self.t0 <= self.t1 <= LARGEST:
             return "ends before it begins"
         return ""
@@ -132,10 +135,15 @@ class Record(Counters, kw_only=True, gc=False):
 IN_ORDER = Record.__struct_fields__[len(Counters.__struct_fields__) : -1] + Counters.__struct_fields__ + ("prev",)
 """Of a line's fields."""
 _TIERS = frozenset(TIERS)
+_UID_DIGITS = 16
 _mappings = attrgetter(*(f.name for f in msgspec.structs.fields(Counters) if get_origin(f.type) is dict))
 _plain_numbers = attrgetter(
     "seq", *(f.name for f in msgspec.structs.fields(Counters) if f.type in (int, float) and f.name != "saved_gpu_s")
 )
+
+
+def _is_uid(text: str) -> bool:
+    return text.isascii() and text.isdecimal() and len(text) < _UID_DIGITS
 
 
 def _minus(now: Any, before: Any) -> Any:

@@ -57,13 +57,15 @@ Nearest = Callable[[Sequence[bytes]], Sequence[str]]
 """For the leading blocks of a prefix that a store has: the tier that has each."""
 
 
-def forecast(prompts: Iterable[PlannedPrompt], block_tokens: int, nearest: Nearest | None = None) -> Forecast:
-    """What becomes of `prompts`, given in the plan's order; without `nearest` there is no store."""
+def forecast(
+    prompts: Iterable[PlannedPrompt], block_tokens: int, nearest: Nearest | None = None, *, reuses: bool = True
+) -> Forecast:
+    """What becomes of `prompts`, given in the plan's order; without `nearest` there is no store. See `cache.reuse` for `reuses`."""
     found = Forecast()
     uses: Counter[bytes] = Counter()
     fresh: set[bytes] = set()
     for prompt in prompts:
-        keys, length = prompt.keys, len(prompt.token_ids)
+        keys, length = prompt.keys if reuses else (), len(prompt.token_ids)
         on_device = next((n for n, key in enumerate(keys) if key not in uses), len(keys))
         tiers = nearest(keys[on_device:]) if nearest and on_device < len(keys) else ()
         matched = on_device + len(tiers)

@@ -14,7 +14,7 @@ import msgspec
 
 from hpckv.device import Capability, choose_dtype
 from hpckv.device.capability import DTYPES, processor
-from hpckv.device.gpus import GPU_CLASSES, GpuClass, gpu_class
+from hpckv.device.gpus import GPU_CLASSES, GpuClass, gpu_class, is_kind
 from hpckv.engine.limits import Limits
 from hpckv.engine.prompts import PromptReader
 from hpckv.engine.sizing import build_namespace, digest_weights
@@ -24,12 +24,13 @@ from hpckv.quantity import ByteSize
 from hpckv.store import BlockGeometry, TieredStore, open_store
 from hpckv.store.root import StoreRoot
 from hpckv.usage.points import PointsConfig, read_points
-from hpckv.usage.rates import Rates, ledger_rates, read_rates
+from hpckv.usage.rates import Rates, best_rates, ledger_rates, read_rates
 from hpckv.workload.forecast import Forecast, decode_steps, forecast
 from hpckv.workload.lines import BatchLine, read_batch
 from hpckv.workload.output import ids_in
 from hpckv.workload.plan import plan_run
 from hpckv.workload.prepare import RunOptions, Work, prepare, report_input, stop_at_bad_lines
+from hpckv.workload.queue import open_parts
 from hpckv.workload.runfile import RunConfig, SlurmConfig
 
 _REACHED = 0.4
@@ -73,7 +74,7 @@ class Cost:
     @property
     def time(self) -> str:
         """For `sbatch --time`."""
-        minutes = math.ceil(self.seconds * _SPARE / _STEP_S) * int(_STEP_S / 60)
+        minutes = max(1, math.ceil(self.seconds * _SPARE / _STEP_S)) * int(_STEP_S / 60)
         return f"{minutes // 60:02d}:{minutes % 60:02d}:00"
 
     @property
@@ -141,31 +142,43 @@ def look_ahead(
     """
     batch = read_batch(Path(config.input), config.sampling)
     report_input(batch, config.input, options)
-    done = ids_in(Path(config.output) / "output.jsonl")
+    directory = Path(config.output)
+    done = set[str]().union(*map(ids_in, [directory / "output.jsonl", *open_parts(directory)]))
     model = read_config(Path(config.model.path))
     site = Path(config.site) if config.site else None
     points = read_points(site)
     left = [line for line in batch.lines if line.custom_id not in done]
     found = Outlook(len(batch.lines), len(batch.lines) - len(left), len(batch.bad))
     found.max_points = config.slurm.max_points if config.slurm else None
-    by_dtype: dict[str, list[Kind]] = {}
+    # Kinds that find the same blocks in a store.
+    alike: dict[tuple[str, str], list[Kind]] = {}
     for kind in _kinds(config, model, site, gpus):
         try:
-            by_dtype.setdefault(_dtype(config, model, kind.gpu), []).append(kind)
+            dtype = _dtype(config, model, kind.gpu)
         except CapabilityError as error:
             found.unfit[kind.gpu] = str(error)
-    work: list[Work] | None = None
-    for dtype, kinds in by_dtype.items():
+        else:
+            alike.setdefault((dtype, kind.gpu if config.engine.numerics == "strict" else ""), []).append(kind)
+    work: list[Work] | None = None if alike else _read(config, model, options, left, None, stepping, found)
+    for (dtype, _), kinds in alike.items():
         with _store(config, model, dtype, kinds[0].gpu) as store:
             if work is None:  # keys are the same in every dtype
                 work = _read(config, model, options, left, store, stepping, found)
-                outputs = [min(output_tokens or w.line.params.max_tokens, w.line.params.max_tokens) for w in work]
-                outputs = [tokens for w, tokens in zip(work, outputs, strict=True) for _ in range(w.line.params.n)]
-                found.output_tokens = sum(outputs)
-            size = config.cache.block_tokens
-            expected = forecast([w.prompt for w in work], size, store.nearest if store else None)
+            size, nearest = config.cache.block_tokens, store.nearest if store else None
+            expected = forecast([w.prompt for w in work], size, nearest, reuses=config.cache.reuse)
+        outputs = output_lengths(work, output_tokens)
         found.costs += [_cost(config, model, kind, dtype, expected, work, outputs, points) for kind in kinds]
+    found.output_tokens = sum(output_lengths(work or [], output_tokens))
     return found
+
+
+def output_lengths(work: Sequence[Work], expected: int | None = None) -> list[int]:
+    """Tokens of every answer, in the plan's order: `max_tokens`, or `expected` where that is less."""
+    return [
+        min(expected or w.line.params.max_tokens, w.line.params.max_tokens)
+        for w in work
+        for _ in range(w.line.params.n)
+    ]
 
 
 def _read(
@@ -192,22 +205,27 @@ def _read(
 def _kinds(config: RunConfig, model: ModelConfig, site: Path | None, gpus: Sequence[str]) -> Iterator[Kind]:
     """The kinds of GPU to look at, each with the best rates there are."""
     name = Path(config.model.path).resolve().name
-    store = config.store and Path(config.store.shared)
-    measured = [Kind(rates.gpu, "site", rates) for rates in read_rates(site) if rates.model in (None, name)]
-    if store and StoreRoot.exists(store):
-        measured += [Kind(rates.gpu, "ledger", rates) for rates in ledger_rates(store, name)]
     ranks = config.parallel.tp * config.parallel.pp
-    measured.sort(key=lambda kind: (kind.source != "site", kind.rates.model is None, kind.rates.num_gpus != ranks))
-    wanted = list(gpus) or list(dict.fromkeys(kind.gpu for kind in measured)) or [gpu.name for gpu in GPU_CLASSES]
-    for gpu in wanted:
-        known = next((kind for kind in measured if kind.rates.gpu.lower() in gpu.lower()), None)
-        if known:
-            yield Kind(gpu, known.source, known.rates)
-        elif sheet := gpu_class(gpu):
-            yield Kind(gpu, "estimated", _estimated(sheet, model, ranks))
+    known = {"site": [rates for rates in read_rates(site) if rates.model in (None, name)], "ledger": []}
+    if config.store and StoreRoot.exists(Path(config.store.shared)):
+        known["ledger"] = ledger_rates(Path(config.store.shared), name)
+    wanted = list(gpus)
+    for rates in () if gpus else (*known["site"], *known["ledger"]):
+        if not any(rates.is_of(gpu, name) for gpu in wanted):  # else it is there by another name
+            wanted.append(rates.gpu)
+    for gpu in wanted or [gpu.name for gpu in GPU_CLASSES]:
+        for source, measured in known.items():
+            if best := best_rates(measured, gpu, name, ranks):
+                yield Kind(gpu, source, best)
+                break
         else:
-            names = ", ".join(kind.name for kind in GPU_CLASSES)
-            raise ConfigError(f"--gpu {gpu}: nothing is known of it; {names}, or what the site file's rates: name")
+            if (sheet := gpu_class(gpu)) is None:
+                names = ", ".join(kind.name for kind in GPU_CLASSES)
+                raise ConfigError(
+                    f"--gpu {gpu}: no rates and no data sheet of it; known: {names}, and what the site file's rates: name "
+                    "(hpckv bench load measures them)"
+                )
+            yield Kind(gpu, "estimated", _estimated(sheet, model, ranks))
 
 
 def _estimated(gpu: GpuClass, model: ModelConfig, ranks: int) -> Rates:
@@ -224,9 +242,13 @@ def _estimated(gpu: GpuClass, model: ModelConfig, ranks: int) -> Rates:
 
 
 def _device(gpu: str) -> Capability:
-    """A kind of GPU as its data sheet says, or this machine's processor."""
+    """A kind of GPU as its data sheet says, one without as any of these years; or this machine's processor."""
+    if is_kind("cpu", gpu):
+        return processor()
     sheet = gpu_class(gpu)
-    return sheet.capability if sheet else processor()
+    if sheet is None:
+        return Capability("cuda", gpu, (9, 0))
+    return Capability("cuda", sheet.name, sheet.compute, int(sheet.memory_gb * 1e9))
 
 
 def _dtype(config: RunConfig, model: ModelConfig, gpu: str) -> str:
@@ -315,5 +337,5 @@ def seconds_of(
     prefill_s /= speed * replicas
     steps = decode_steps(output_tokens, config.engine.max_requests * replicas)
     decode_s = sum(output_tokens) / (rates.decode_tokens_per_s * speed * replicas) + steps * rates.decode_step_s
-    load_s = load_bytes / rates.load_bytes_per_s if rates.load_bytes_per_s else 0.0
+    load_s = load_bytes / (rates.load_bytes_per_s * ranks * replicas) if rates.load_bytes_per_s else 0.0
     return rates.start_s + prefill_s + decode_s + load_s

@@ -24,13 +24,13 @@ from hpckv.errors import (
     ConfigError,
 )
 from hpckv.schema import read_yaml, to_plain
-from hpckv.usage.rates import read_rates
+from hpckv.usage.rates import best_rates, read_rates
 from hpckv.workload.answers import bad_line_record, error_line, output_line
 from hpckv.workload.drain import Drain
 from hpckv.workload.forecast import forecast
 from hpckv.workload.job_comment import NOTHING_LEFT, comment, leave_comment
 from hpckv.workload.lines import BatchInput, BatchLine, read_batch
-from hpckv.workload.outlook import seconds_of
+from hpckv.workload.outlook import output_lengths, seconds_of
 from hpckv.workload.output import OutputFile, RunLock, write_file
 from hpckv.workload.plan import RunPlan, most_tokens_in_use, plan_run
 from hpckv.workload.prepare import RunOptions, Work, prepare, report_input, stop_at_bad_lines
@@ -130,7 +130,7 @@ def _run_locked(
             engine.close()
     router.close()
     summary.replicas = router.records
-    summary.seconds, summary.times = starting.seconds, starting.record
+    summary.seconds, summary.process_s, summary.times = starting.seconds, starting.process_seconds, starting.record
     if engine.is_loaded:
         write_file(directory / "provenance.json", json.dumps(provenance(config, engine), indent=2))
     write_file(directory / "summary.json", json.dumps(summary.record(plan), indent=2))
@@ -141,15 +141,13 @@ def _run_locked(
 def _look_ahead(summary: Summary, engine: Engine, work: Sequence[Work], config: RunConfig) -> None:
     """What the plan expects of this start, to be set beside what it was."""
     nearest = engine.store.nearest if engine.store else None
-    expected = summary.expected = forecast([w.prompt for w in work], config.cache.block_tokens, nearest)
-    capability = engine.rank.capability
-    gpu = capability.name if capability.kind == "cuda" else capability.kind
-    model = Path(config.model.path).resolve().name
-    known = read_rates(Path(config.site) if config.site else None)
-    if rates := next((rates for rates in known if rates.is_of(gpu, model)), None):
-        outputs = [w.line.params.max_tokens for w in work for _ in range(w.line.params.n)]
+    prompts, size = [w.prompt for w in work], config.cache.block_tokens
+    expected = summary.expected = forecast(prompts, size, nearest, reuses=config.cache.reuse)
+    known, model = read_rates(Path(config.site) if config.site else None), Path(config.model.path).resolve().name
+    ranks = config.parallel.tp * config.parallel.pp
+    if rates := best_rates(known, engine.rank.capability.label, model, ranks):
         load_bytes = expected.loaded_blocks * engine.pages.whole.block_bytes
-        summary.expected_s = round(seconds_of(rates, expected, outputs, config, load_bytes), 3)
+        summary.expected_s = round(seconds_of(rates, expected, output_lengths(work), config, load_bytes), 3)
 
 
 def follow(config: RunConfig, drain: Drain, world: World) -> None:

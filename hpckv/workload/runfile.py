@@ -17,7 +17,7 @@ from hpckv.engine.request import SamplingParams
 from hpckv.errors import ConfigError
 from hpckv.kvcache.config import CacheConfig
 from hpckv.model.config import ModelSettings
-from hpckv.schema import Config, convert, read_yaml, set_dotted
+from hpckv.schema import Config, convert, read_site, read_yaml, set_dotted
 from hpckv.store.config import StoreConfig
 from hpckv.workload.queue import QueueConfig
 
@@ -166,7 +166,6 @@ class RunConfig(Config, frozen=True):
     """Site file; its `defaults:` section holds run file sections of lower precedence."""
 
 
-SITE_SECTIONS = ("defaults", "points", "rates")
 ENVIRONMENT = {
     "HPCKV_STORE": "store.shared",
     "HPCKV_LOCAL": "store.local",
@@ -201,15 +200,6 @@ def load_run(
     if site := content.get("site"):
         content = _merge(_site_defaults(site), content)
     return convert(content, RunConfig, str(path))
-
-
-def read_site(site: Path) -> dict[str, Any]:
-    """A site file; raises `ConfigError` for a section that there is none of, `MissingInputError`."""
-    content = read_yaml(site)
-    for name in content:
-        if name not in SITE_SECTIONS:
-            raise ConfigError(f"{site}: {name}: unknown section; a site file has {', '.join(SITE_SECTIONS)}")
-    return content
 
 
 def _site_defaults(site: object) -> dict[str, Any]:

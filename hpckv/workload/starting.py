@@ -36,6 +36,11 @@ class Starting:
         return time.monotonic() - self.begun
 
     @property
+    def process_seconds(self) -> float:
+        """Since this process began."""
+        return time.time() - self.times["process"]
+
+    @property
     def record(self) -> dict[str, float]:
         """Plain data."""
         return {name: round(seconds, 3) for name, seconds in self.times.items()}

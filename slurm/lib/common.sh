@@ -57,8 +57,9 @@ hpckv_load_site() {
         hpckv_say "HPCKV_SITE_SH=$HPCKV_SITE_SH: no such file on $(hostname)"
         return 66
     fi
+    # What its last command was is not asked: a site's code that wants to end the job says exit.
     # shellcheck source=site/example.sh
-    . "$HPCKV_SITE_SH"
+    . "$HPCKV_SITE_SH" >&2 || true
 }
 # shellcheck disable=SC2034 # for the site's code
 hpckv_in_job=1

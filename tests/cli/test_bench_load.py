@@ -114,3 +114,13 @@ def test_ranks_of_one_model_measure_together(tmp_path, checkpoint):
     found, config = json.loads(done.stdout), json.loads((model / "config.json").read_text())
     size = 2 * config["num_hidden_layers"] * 16 * config["head_dim"] * 4
     assert found["block_bytes"] == size  # one of the two heads, in float32
+
+
+def test_however_the_store_is_spelled_copies_on_this_node_stay(tmp_path, run_file):
+    store = ["--set", f"store.shared={tmp_path}/kv/", "--set", f"store.local={tmp_path / 'disk'}"]
+    assert hpckv("run", run_file, *store).returncode == 0
+    assert hpckv("run", run_file, *store, "--output", tmp_path / "again").returncode == 0  # reads, and so copies
+    before = [name for name in files(tmp_path / "disk") if name.endswith(".h5")]
+    assert before
+    assert hpckv("bench", "load", run_file, *store, "--lengths", "64").returncode == 0
+    assert [name for name in files(tmp_path / "disk") if name.endswith(".h5")] == before

@@ -110,17 +110,33 @@ def test_a_kind_of_gpu_without_room_is_said(tmp_path):
     lines = [{"custom_id": "a", "url": "/v1/completions", "body": {"prompt": [1, 2, 3]}}]
     run_file = write_run(tmp_path, tmp_path / "big", lines)
     done = hpckv("plan", run_file)
-    assert done.returncode == 0, done.stderr
+    assert done.returncode == 78, done.stderr
     assert "H100 80GB: 169 GB for the model do not fit 80 GB; raise parallel.tp or parallel.pp" in done.stdout
+    assert "prompt tokens      3" in done.stdout  # the input is read all the same
     split = hpckv("plan", run_file, "--set", "parallel.tp=4")
-    assert "estimated" in split.stdout
+    assert split.returncode == 0, split.stderr
     assert "A100 80GB   bfloat16" in split.stdout
+
+
+def test_a_gpu_without_a_data_sheet_is_planned_by_the_sites_rates(run_file, tmp_path):
+    rates = [{"gpu": "L40S", "prefill_tokens_per_s": 100, "decode_tokens_per_s": 10}]
+    (tmp_path / "site.yaml").write_text(json.dumps({"rates": rates}))
+    (found,) = json.loads(hpckv("plan", run_file, "--gpu", "NVIDIA L40S", "--json").stdout)["gpus"]
+    assert (found["rates"], found["dtype"]) == ("site", "float32")  # the checkpoint's
+
+
+def test_with_nothing_left_some_time_is_asked_for(tmp_path, checkpoint):
+    run_file = write_run(tmp_path, checkpoint("llama", tokenizer=True), chat_lines(1))
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "output.jsonl").write_text('{"custom_id": "q0"}\n')
+    found = json.loads(hpckv("plan", run_file, "--gpu", "H100", "--json").stdout)["gpus"][0]
+    assert found["time"] == "00:05:00"  # to Slurm 0 is for ever
 
 
 @pytest.mark.parametrize(
     ("flags", "code", "said"),
     [
-        (["--gpu", "T4"], 64, "--gpu T4: nothing is known of it"),
+        (["--gpu", "T4"], 64, "--gpu T4: no rates and no data sheet of it"),
         (["--input", "no.jsonl"], 66, "no.jsonl: No such file or directory"),
         (["--set", "slurm.max_points=-1"], 64, "slurm.max_points: -1 is not above 0"),
     ],

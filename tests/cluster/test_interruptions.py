@@ -72,9 +72,9 @@ def test_200_interruptions_of_every_kind(cluster: Slurm, tmp_path, checkpoint):
     run_file = write_run(
         tmp_path,
         checkpoint("llama", tokenizer=True),
-        chat_lines(2500),
-        sampling={"max_tokens": 12, "ignore_eos": True},
-        engine={"max_requests": 2},
+        chat_lines(6000),
+        sampling={"max_tokens": 120, "ignore_eos": True},
+        engine={"max_requests": 1},
     )
     out = tmp_path / "out"
     output = out / "output.jsonl"
@@ -111,14 +111,14 @@ def test_200_interruptions_of_every_kind(cluster: Slurm, tmp_path, checkpoint):
         kind = chance.choice(list(kinds))
         kinds[kind](job)
         done[kind] += 1
-        if num_answers() > 2300:
+        if num_answers() > 5900:
             break
-    print(done)
-    while num_answers() < 2500:
+    print(done, num_answers(), "answers by then")
+    while num_answers() < 6000:
         if not cluster.run("squeue", "-h", "-j", job, "-o", "%T").stdout.strip():
             job = submit()
         time.sleep(0.5)
-    assert wait_for(cluster, job, 300) == ("COMPLETED", "0:0")
+    assert wait_for(cluster, job, 1200) == ("COMPLETED", "0:0")
     assert sum(done.values()) == 200, done
-    assert hpckv("run", run_file, "--output", tmp_path / "alone").returncode == 0
+    assert hpckv("run", run_file, "--output", tmp_path / "alone", "--set", "engine.max_requests=64").returncode == 0
     assert texts(tmp_path) == texts(tmp_path, "alone")

@@ -26,7 +26,8 @@ def store(tmp_path) -> StoreRoot:
 
 
 def work(store: StoreRoot, counters: Counters, **more) -> None:
-    environ = {"SLURM_JOB_ID": "7", "SLURM_JOB_ACCOUNT": more.pop("account", "")}
+    account = more.pop("account", "")
+    environ = {"SLURM_JOB_ID": "7"} | ({} if account is None else {"SLURM_JOB_ACCOUNT": account})
     pattern = Record.of_this_process(environ=environ, **{"model": "small", "gpu": "NVIDIA H100", **more})
     folder = store.layout.ledger(os.getuid())
     file = LedgerFile(folder, pattern, lambda path: path.mkdir(parents=True, exist_ok=True), now=NOW)
@@ -35,7 +36,9 @@ def work(store: StoreRoot, counters: Counters, **more) -> None:
 
 
 def lines(store: StoreRoot, name_of=lambda uid: f"user{uid}", points: PointsConfig | None = None) -> list[str]:
-    return list(textfile(gather([store.layout.root], [], 0, NOW + 1e6), points or PointsConfig(), name_of))
+    return list(
+        textfile(gather([store.layout.root], [], 0, NOW + 1e6), points or PointsConfig(), name_of, 0, NOW + 1e6)
+    )
 
 
 def samples(text: list[str]) -> dict:
@@ -112,6 +115,23 @@ def test_a_name_is_a_name_whatever_is_in_it(store, name):
 def test_what_a_terminal_or_a_parser_may_take_for_a_line_s_end_is_not_there(store):
     work(store, Counters(requests=3), model="a\r\x85\u2028\x1b[2Jb")
     assert 'model="a????[2Jb"' in "".join(lines(store))
+
+
+def test_names_that_no_label_tells_apart_are_one_series(store):
+    for account in ("a\x01", "a\x02", None, ""):
+        work(store, Counters(requests=3, gpu_s=1.5), account=account)
+    found = samples(lines(store))
+    sums = {dict(labels)["account"]: value for (name, labels), value in found.items() if name == "hpckv_requests_total"}
+    assert sums == {"a?": 6, "": 6}
+
+
+def test_records_outside_the_window_do_not_count(store):
+    work(store, Counters(requests=3))
+    found = gather([store.layout.root], [], 0, NOW + 1e6)
+    inside = list(textfile(found, PointsConfig(), str, NOW + 60, NOW + 61))
+    outside = list(textfile(found, PointsConfig(), str, NOW + 61, NOW + 1e6))
+    assert any(line.startswith("hpckv_requests_total{") for line in inside)
+    assert not any(line.startswith("hpckv_requests_total{") for line in outside)
 
 
 def test_oddities_are_counted(store):

@@ -116,3 +116,17 @@ def test_what_is_answered_is_not_planned_again(tmp_path, checkpoint):
     assert (everything["requests"], everything["answered"]) == (6, 0)
     assert (left["requests"], left["answered"]) == (6, 5)
     assert 0 < left["prompt_tokens"] < everything["prompt_tokens"] / 5
+
+
+def test_without_reuse_everything_is_computed():
+    found = forecast(planned([1, 2, 3, 4, 5], [1, 2, 3, 4, 6]), SIZE, lambda keys: ["shared"] * len(keys), reuses=False)
+    assert (found.computed_tokens, found.new_blocks, found.loaded_blocks) == (10, 0, 0)
+
+
+def test_answers_of_jobs_that_work_on_it_together_are_not_planned_again(tmp_path, checkpoint):
+    run_file = write_run(tmp_path, checkpoint("llama", tokenizer=True), chat_lines(6))
+    parts = tmp_path / "out" / "queue" / "1" / "parts"
+    parts.mkdir(parents=True)
+    (parts / "w.jsonl").write_text("".join(json.dumps({"custom_id": f"q{n}"}) + "\n" for n in range(4)))
+    (tmp_path / "out" / "queue" / "1" / "plan.json").write_text("{}")
+    assert look(run_file)["answered"] == 4

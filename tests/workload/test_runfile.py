@@ -53,6 +53,7 @@ container: {image: hpckv.sif, runtime: apptainer, bind: []}
         ("input: x\noutput: y", "missing required field `model`"),
         ("- a", "expected a mapping"),
         ("model: {path: m\ninput", "not valid YAML"),
+        ("model: {path: m}\ninput: x\noutput: y\nmodel: {path: n}", ":4: not valid YAML (model: stands twice)"),
     ],
 )
 def test_a_wrong_run_file_is_one_clear_line(tmp_path, text, message):
