@@ -12,7 +12,7 @@ import logging
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import yaml
 
@@ -266,7 +266,13 @@ class _JoinedRun:
         own = {**self._summary.sums, "times": self._starting.record, **engine_record(self._engine)}
         folder = self._queue.folder / "workers"
         write_file(folder / f"{self._worker.name}.summary.json", json.dumps(own, indent=2))
-        records = {path.name: json.loads(path.read_bytes()) for path in sorted(folder.glob("*.summary.json"))}
-        write_file(self._directory / "summary.json", json.dumps(add_up(records), indent=2))
+
+        def everybodys() -> dict[str, dict[str, Any]]:
+            return {path.name: json.loads(path.read_bytes()) for path in sorted(folder.glob("*.summary.json"))}
+
+        written: dict[str, dict[str, Any]] = {}
+        while (records := everybodys()) != written:  # else one that ended meanwhile would be overwritten
+            write_file(self._directory / "summary.json", json.dumps(add_up(records), indent=2))
+            written = records
         self._summary.replicas = [own]
         leave_comment(comment(self._summary))

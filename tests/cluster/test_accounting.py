@@ -66,6 +66,7 @@ def home(site: Site) -> Path:
     name = f"python{sys.version_info.major}.{sys.version_info.minor}"
     program.write_text(
         f"#!/bin/sh\nexport PYTHONHOME={python} LD_LIBRARY_PATH={python}/lib PYTHONPATH={path} PYTHONDONTWRITEBYTECODE=1\n"
+        "export XDG_CACHE_HOME=$HOME/books\n"  # homes are other tests' too
         f'exec {python}/bin/{name} -m hpckv.cli.main "$@"\n'
     )
     program.chmod(0o755)
@@ -103,7 +104,7 @@ def a_run(
 ) -> Path:
     """A run file, owned by that user."""
     member = site.people[who]
-    folder = member.home / name
+    folder = member.home / f"books-{name}"
     folder.mkdir()
     sampling = {"max_tokens": tokens, "ignore_eos": True}
     shares = {"shared": str(store), "local": "none", "write": "all"}

@@ -1,5 +1,6 @@
 """Whatever the queue does to a run, its output is whole and exact in the end, or the job says what a person must do."""
 
+import contextlib
 import os
 import random
 import signal
@@ -62,7 +63,8 @@ def kill_workers(run_file: Path) -> None:
     """As the kernel does when memory is short: without a word."""
     found = subprocess.run(["pgrep", "-f", f"hpckv.*run {run_file}"], capture_output=True, text=True, check=False)
     for pid in found.stdout.split():
-        os.kill(int(pid), signal.SIGKILL)
+        with contextlib.suppress(ProcessLookupError):  # it has just ended
+            os.kill(int(pid), signal.SIGKILL)
 
 
 @pytest.mark.slow
