@@ -10,7 +10,7 @@ import re
 from collections.abc import Iterable
 from functools import cache
 from pathlib import Path
-from typing import Any, TypeVar, get_args
+from typing import Any, Literal, TypeVar, get_args, get_origin
 
 import msgspec
 
@@ -21,6 +21,7 @@ T = TypeVar("T")
 SITE_SECTIONS = ("defaults", "points", "rates")
 
 _UNKNOWN = re.compile(r"Object contains unknown field `(?P<name>[^`]*)`(?: - at `\$\.?(?P<path>.*)`)?")
+_MISSING = re.compile(r"Object missing required field `(?P<name>[^`]*)`")
 _OTHER = re.compile(r"(?P<what>.*?)(?: - at `\$\.?(?P<path>.*)`)?", re.DOTALL)
 
 
@@ -135,19 +136,38 @@ def _explain(message: str, root: type) -> str:
         return f"{where}: unknown key; {nearest(name, _field_names(root, path))}"
     other = _OTHER.fullmatch(message)
     assert other is not None
-    return f"{other['path'] or 'file'}: {other['what']}"
+    path, what = other["path"] or "", other["what"]
+    if missing := _MISSING.fullmatch(what):
+        return f"{path}.{missing['name']}: is missing".lstrip(".")
+    if what.startswith("Invalid enum value"):
+        what += _choices(root, path)
+    return f"{path or 'file'}: {what}"
 
 
-def _field_names(root: type, path: str) -> list[str]:
-    current: Any = root
-    for part in filter(None, path.split(".")):
-        for field in msgspec.structs.fields(current):
-            if field.encode_name == part:
-                structs = [a for a in (field.type, *get_args(field.type)) if _is_struct(a)]
-                if structs:
-                    current = structs[0]
-    return [field.encode_name for field in msgspec.structs.fields(current)]
+def _field_names(root: Any, path: str) -> list[str]:
+    """Of the section at `path`, such as `prices[0]`."""
+    current = _section(root)
+    for part in filter(None, re.sub(r"\[\d+\]", "", path).split(".")):
+        for field in msgspec.structs.fields(current) if current else ():
+            if field.encode_name == part and (inner := _section(field.type)):
+                current = inner
+    return [field.encode_name for field in msgspec.structs.fields(current)] if current else []
 
 
-def _is_struct(kind: object) -> bool:
-    return isinstance(kind, type) and issubclass(kind, msgspec.Struct)
+def _section(kind: Any) -> Any:
+    """The configuration class in a type: itself, of a list's items, of what may be left out; None if there is none."""
+    if isinstance(kind, type) and issubclass(kind, msgspec.Struct):
+        return kind
+    return next(filter(None, map(_section, get_args(kind))), None)
+
+
+def _choices(root: Any, path: str) -> str:
+    """The words that may stand at `path`, to end an error line with."""
+    section, _, name = path.rpartition(".")
+    current = _section(root)
+    for part in filter(None, re.sub(r"\[\d+\]", "", section).split(".")):
+        types = {field.encode_name: field.type for field in msgspec.structs.fields(current)} if current else {}
+        current = _section(types.get(part))
+    kinds = {field.encode_name: field.type for field in msgspec.structs.fields(current)} if current else {}
+    literals = [kind for kind in (kinds.get(name), *get_args(kinds.get(name))) if get_origin(kind) is Literal]
+    return f"; expected {' or '.join(map(str, get_args(literals[0])))}" if literals else ""

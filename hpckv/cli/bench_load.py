@@ -39,6 +39,7 @@ def load(
 ) -> None:
     """Load a stored prefix, or compute it? Prefill, decode and read rates of each tier, and from which length on loading wins.
 
+    \b
     Example: srun --gpus=1 hpckv bench load RUN.yaml --lengths 1024,8192
     Example: hpckv bench load RUN.yaml --site-fragment >rates.yaml
 

@@ -47,6 +47,7 @@ def lint(
 ) -> None:
     """Find what breaks prefix reuse in a file of prompts, and the tokens each costs: measured by repairing it and planning again.
 
+    \b
     Example: hpckv lint prompts.jsonl --run run.yaml
     Example: hpckv lint prompts.jsonl --fix fixed.jsonl
 

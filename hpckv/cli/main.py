@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
 
@@ -13,7 +14,7 @@ def main() -> None:
     block_signals()  # before the imports below: numpy starts threads
 
     from hpckv.cli.app import app
-    from hpckv.errors import ConfigError, HpckvError
+    from hpckv.errors import CannotWriteError, ConfigError, HpckvError
 
     try:
         app()
@@ -23,6 +24,12 @@ def main() -> None:
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)
+    except OSError as error:
+        if error.filename is not None or error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EIO):
+            raise
+        sys.stderr.write(f"hpckv: standard output cannot be written: {error.strerror}\n")
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the interpreter tries again at its end
+        sys.exit(CannotWriteError.exit_code)
     except SystemExit as end:
         # typer ends with 2 for a wrong flag; no command of ours does.
         sys.exit(ConfigError.exit_code if end.code == 2 else end.code)

@@ -85,38 +85,33 @@ def _stepping(lines: Sequence[BatchLine]) -> Iterator[BatchLine]:
 def _print(found: Outlook, *, is_expected: bool) -> None:
     answered = f", {found.answered:,} of them answered" if found.answered else ""
     bad = f", {found.bad_lines:,} lines that cannot be run" if found.bad_lines else ""
-    print_facts(
-        {
-            "requests": f"{found.requests:,}{answered}{bad}",
-            "prompt tokens": found.prompt_tokens,
-            "of these distinct": found.distinct_tokens,
-            "answer tokens": f"{found.output_tokens:,} {'as expected' if is_expected else 'at most'}",
-        }
-    )
-    console = Console(highlight=False, soft_wrap=True)
+    facts: dict[str, object] = {
+        "requests": f"{found.requests:,}{answered}{bad}",
+        "prompt tokens": found.prompt_tokens,
+        "of these distinct": found.distinct_tokens,
+        "answer tokens": f"{found.output_tokens:,} {'as expected' if is_expected else 'at most'}",
+    }
     dtypes = {cost.dtype: cost for cost in found.costs}
     for dtype, cost in dtypes.items():  # what a store has may differ
-        if len(dtypes) > 1:
-            console.print(f"in {dtype}")
-        _print_tokens(cost)
+        facts |= _facts(cost, f" in {dtype}" if len(dtypes) > 1 else "")
+    print_facts(facts)
+    console = Console(highlight=False, soft_wrap=True)
     if found.costs:
         _print_costs(found.costs, console)
     for name, why in found.unfit.items():
         console.print(f"{name}: {why}")
 
 
-def _print_tokens(cost: Cost) -> None:
+def _facts(cost: Cost, suffix: str) -> dict[str, object]:
     expected = cost.forecast
     within = expected.cached["device"]
-    print_facts(
-        {
-            "to be computed": expected.computed_tokens,
-            "shared in the batch": within,
-            "from the store": expected.cached_tokens - within,
-            "hit %": f"{expected.hit_percent:.1f}",
-            "store grows by": f"{format_bytes(cost.growth_bytes)} at most",
-        }
-    )
+    return {
+        f"to be computed{suffix}": expected.computed_tokens,
+        f"shared in the batch{suffix}": within,
+        f"from the store{suffix}": expected.cached_tokens - within,
+        f"hit %{suffix}": f"{expected.hit_percent:.1f}",
+        f"store grows by{suffix}": f"{format_bytes(cost.growth_bytes)} at most",
+    }
 
 
 def _print_costs(costs: Sequence[Cost], console: Console) -> None:

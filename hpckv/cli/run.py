@@ -35,6 +35,7 @@ def run(
 ) -> None:
     """Run a batch: every prompt is answered once, in DIR/output.jsonl. Started again, it goes on where it stopped.
 
+    \b
     Example: hpckv run examples/demo.yaml --set engine.max_requests=64 --output runs/second
     Example: hpckv run RUN.yaml --join, in as many jobs as there are GPUs free
     Example: mpiexec -n 4 hpckv run RUN.yaml --set parallel.tp=2 --set parallel.pp=2

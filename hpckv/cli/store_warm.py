@@ -34,7 +34,7 @@ def warm(
     sets: Annotated[list[str] | None, typer.Option("--set", metavar="A.B=C", help="Override one setting.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Machine-readable.")] = False,
 ) -> None:
-    """Precompute prefixes: system prompts, few-shot heads, documents. What is there already is not computed again.
+    """Precompute prefixes: system prompts, few-shot heads, documents. Full blocks that are there already are not computed again.
 
     Example: hpckv store warm /lustre/proj/kv --run eval.yaml --input documents.jsonl
     """

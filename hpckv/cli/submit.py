@@ -80,6 +80,7 @@ def submit(
 ) -> None:
     """Submit a run to Slurm. When its time is up it goes on by itself until every prompt is answered.
 
+    \b
     Example: hpckv submit RUN.yaml -A proj -p gpu -t 02:00:00 --gpus-per-node 1 -c 8 --mem 64G
     Example: hpckv submit RUN.yaml -N 2 --set parallel.tp=4 --set parallel.pp=2 --dry-run -- --exclusive
 

@@ -67,7 +67,8 @@ mpi = start_mpi()
 group = MpiGroup.world(mpi)
 least = np.array([group.rank], np.int32)
 Watch(10.0).wait(group.reduce_min(least), "the other rank")
-print("rank", group.rank, "of", group.size, flush=True)
+if group.rank == 0:  # one writes: unbuffered, what two print is mixed letter by letter
+    print("ranks:", group.size, flush=True)
 mpi.Finalize()
 """
 
@@ -139,7 +140,7 @@ def _mpi() -> Iterator[Finding]:
         yield Finding("MPI", Verdict.WARN, "no mpiexec here", remedy)
     else:
         done = _run([mpiexec, "-n", "2", sys.executable, "-c", _MPI])
-        if done and not done.returncode and done.stdout.count("of 2") == 2:
+        if done and not done.returncode and "ranks: 2" in done.stdout:
             yield Finding("MPI", Verdict.PASS, f"two ranks met by {mpiexec}")
         else:
             said = done.stderr.strip().splitlines()[-1:] if done else []
@@ -161,8 +162,16 @@ def _slurm() -> Iterator[Finding]:
     if not shutil.which("sbatch"):
         yield Finding("Slurm", Verdict.WARN, "no sbatch here", "hpckv run works without; hpckv status knows no jobs")
         return
-    done = _run(["sinfo", "--version"])
-    yield Finding("Slurm", Verdict.PASS, (done.stdout.strip() if done else "") or "there")
+    version = _run(["sinfo", "--version"])
+    name = (version.stdout.strip() if version else "") or "Slurm"
+    done = _run(["sinfo", "-h", "-o", "%P"])
+    if done and not done.returncode:
+        yield Finding("Slurm", Verdict.PASS, name)
+    else:
+        why = done.stderr.strip().splitlines()[-1] if done and done.stderr.strip() else "gives no answer"
+        yield Finding(
+            "Slurm", Verdict.FAIL, f"{name}: {why}", "ask from a login node of the cluster, or set SLURM_CONF"
+        )
     done = _run(["sacct", "-n", "-X", "-S", "now-1hours"])
     if done and not done.returncode:
         yield Finding("sacct", Verdict.PASS, "answers")

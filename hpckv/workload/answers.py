@@ -23,7 +23,7 @@ def output_line(line: BatchLine, answer: Answer, model: str, tokenizer: Tokenize
         "usage": usage_record(answer.usage),
     }
     return {
-        "id": f"batch_req_{line.custom_id}",
+        "id": line.request_id,
         "custom_id": line.custom_id,
         "response": {"status_code": 200, "request_id": line.custom_id, "body": body},
         "error": None,

@@ -27,7 +27,7 @@ from hpckv.workload.lines import BatchInput, BatchLine
 from hpckv.workload.merge import add_up, merge_parts, run_digest
 from hpckv.workload.output import OutputFile, RunLock, ids_in, write_file
 from hpckv.workload.plan import most_tokens_in_use, plan_run
-from hpckv.workload.prepare import RunOptions, prepare, stop_at_bad_lines
+from hpckv.workload.prepare import RunOptions, prepare, refuse_changed_requests, stop_at_bad_lines
 from hpckv.workload.progress import RunProgress
 from hpckv.workload.provenance import provenance
 from hpckv.workload.queue import MERGE, Heart, Item, QueuePlan, View, Worker, WorkQueue, newest_round
@@ -88,6 +88,7 @@ class _JoinedRun:
     def run(self, drain: Drain) -> int:
         """Until the round is over, or a drain is asked for."""
         done = ids_in(self._directory / "output.jsonl")
+        refuse_changed_requests(list(self._lines.values()), self._directory / "output.jsonl", self._config.input)
         self._summary.already = len(done)
         left = [line for name, line in self._lines.items() if name not in done]
         if not left:

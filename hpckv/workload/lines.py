@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
+from blake3 import blake3
 
 from hpckv.engine.request import SamplingParams
 from hpckv.errors import AccessError, ConfigError, InputError, MissingInputError
@@ -47,6 +48,12 @@ class BatchLine:
         given = self.messages or self.text or self.token_ids
         assert given is not None
         return given
+
+    @property
+    def request_id(self) -> str:
+        """`id` in the output: of its name, its prompt and its parameters, so that an answer tells what it was given to."""
+        asked = [self.custom_id, self.url, self.prompt, msgspec.structs.asdict(self.params)]
+        return f"batch_req_{blake3(json.dumps(asked, sort_keys=True).encode()).hexdigest(16)}"
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from hpckv.device.gpus import GPU_CLASSES, GpuClass, gpu_class, is_kind
 from hpckv.engine.limits import Limits
 from hpckv.engine.prompts import PromptReader
 from hpckv.engine.sizing import build_namespace, digest_weights
-from hpckv.errors import CapabilityError, ConfigError
+from hpckv.errors import AccessError, CapabilityError, ConfigError
 from hpckv.model import ModelConfig, read_config
 from hpckv.quantity import ByteSize
 from hpckv.store import BlockGeometry, TieredStore, open_store
@@ -208,7 +208,10 @@ def _kinds(config: RunConfig, model: ModelConfig, site: Path | None, gpus: Seque
     ranks = config.parallel.tp * config.parallel.pp
     known = {"site": [rates for rates in read_rates(site) if rates.model in (None, name)], "ledger": []}
     if config.store and StoreRoot.exists(Path(config.store.shared)):
-        known["ledger"] = ledger_rates(Path(config.store.shared), name)
+        try:
+            known["ledger"] = ledger_rates(Path(config.store.shared), name)
+        except OSError as error:
+            raise AccessError(f"store {config.store.shared}: {error.strerror}") from None
     wanted = list(gpus)
     for rates in () if gpus else (*known["site"], *known["ledger"]):
         if not any(rates.is_of(gpu, name) for gpu in wanted):  # else it is there by another name

@@ -143,6 +143,17 @@ def ids_in(path: Path) -> set[str]:
     return done
 
 
+def request_ids_in(path: Path) -> dict[str, str]:
+    """`custom_id` -> `id` of the complete lines; none if there is no such file."""
+    found: dict[str, str] = {}
+    if path.exists():
+        with path.open("rb") as file:
+            for raw in file:
+                if (custom_id := _complete_id(raw)) is not None:
+                    found.setdefault(custom_id, str(json.loads(raw).get("id", "")))
+    return found
+
+
 class RunLock:
     """Keeps a second process out of a run directory. Where the filesystem has no locks, it says so and lets pass."""
 

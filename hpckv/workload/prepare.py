@@ -5,11 +5,13 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from hpckv.engine.prompts import PromptReader
 from hpckv.engine.request import Request
-from hpckv.errors import CapacityError, InputError
+from hpckv.errors import CapacityError, ConfigError, InputError
 from hpckv.workload.lines import BadLine, BatchInput, BatchLine
+from hpckv.workload.output import request_ids_in
 from hpckv.workload.plan import PlannedPrompt
 
 _log = logging.getLogger(__name__)
@@ -53,6 +55,22 @@ def prepare(
             continue
         work.append(Work(line, PlannedPrompt(ids, prompts.keys_of(ids))))
     return work, refused
+
+
+def refuse_changed_requests(lines: Sequence[BatchLine], output: Path, name: str) -> None:
+    """Answers that are there must be of these requests: raise `ConfigError` that names the first which is another by now.
+
+    Answers of requests that the input does not have are said.
+    """
+    answered = request_ids_in(output)
+    for line in lines:
+        if answered.pop(line.custom_id, "") not in ("", line.request_id):
+            raise ConfigError(
+                f"{name}:{line.number}: {line.custom_id!r} was answered in {output.parent} when its prompt or parameters were "
+                "others; take another --output, or remove the folder"
+            )
+    if answered:
+        _log.warning("%s: %d answers are of requests that %s does not have", output, len(answered), name)
 
 
 def report_input(batch: BatchInput, name: str, options: RunOptions) -> None:

@@ -33,7 +33,14 @@ from hpckv.workload.lines import BatchInput, BatchLine, read_batch
 from hpckv.workload.outlook import output_lengths, seconds_of
 from hpckv.workload.output import OutputFile, RunLock, write_file
 from hpckv.workload.plan import RunPlan, most_tokens_in_use, plan_run
-from hpckv.workload.prepare import RunOptions, Work, prepare, report_input, stop_at_bad_lines
+from hpckv.workload.prepare import (
+    RunOptions,
+    Work,
+    prepare,
+    refuse_changed_requests,
+    report_input,
+    stop_at_bad_lines,
+)
 from hpckv.workload.progress import RunProgress
 from hpckv.workload.provenance import provenance
 from hpckv.workload.queue import open_parts
@@ -91,6 +98,7 @@ def _run_locked(
     output = OutputFile(path)
     if output.done:
         _refuse_another_run(directory, config)
+        refuse_changed_requests(batch.lines, path, config.input)
         account_for_earlier_starts(directory, last_answer)
     note_start(directory, len(batch.lines) + len(batch.bad))
     write_file(directory / "config.yaml", yaml.safe_dump(to_plain(config), sort_keys=False))

@@ -205,11 +205,28 @@ def load_run(
 def _site_defaults(site: object) -> dict[str, Any]:
     if not isinstance(site, str):
         raise ConfigError(f"site: expected the path of a site file, got {site!r}")
+    from hpckv.usage.points import read_points
+    from hpckv.usage.rates import read_rates
+
+    read_points(Path(site)), read_rates(Path(site))  # what is wrong there is said before anything is computed
     defaults = read_site(Path(site)).get("defaults") or {}
     if not isinstance(defaults, dict):
         raise ConfigError(f"{site}: defaults: expected run file sections")
     # A section of which every line is commented out.
-    return {name: section for name, section in defaults.items() if section is not None}
+    found = {name: section for name, section in defaults.items() if section is not None}
+    # By themselves, so that a mistake is not said to be the run file's.
+    convert(
+        _merge({"model": {"path": "-"}, "input": "-", "output": "-"}, _with_store(found)),
+        RunConfig,
+        f"{site}: defaults",
+    )
+    return found
+
+
+def _with_store(sections: dict[str, Any]) -> dict[str, Any]:
+    """A site's `store:` may leave the place to runs."""
+    store = sections.get("store")
+    return {**sections, "store": {"shared": "-", **store}} if isinstance(store, dict) else sections
 
 
 def _merge(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:

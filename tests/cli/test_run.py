@@ -145,3 +145,25 @@ def test_a_run_with_other_settings_is_not_mixed_into_the_answers_that_are_there(
     assert other.returncode == 64
     assert "another sampling" in other.stderr
     assert hpckv("run", run, "--set", "engine.max_requests=1").returncode == 0
+
+
+def test_an_answer_is_not_passed_off_as_another_prompts(tmp_path, checkpoint):
+    lines = chat_lines(4)
+    run_file = write_run(tmp_path, checkpoint("llama", tokenizer=True), lines)
+    assert hpckv("run", run_file).returncode == 0
+    before = (tmp_path / "out" / "output.jsonl").read_bytes()
+    for name in ("other.jsonl", "fewer.jsonl"):
+        changed = [dict(line) for line in lines]
+        changed[2]["body"] = lines[3]["body"]
+        chosen = changed if name == "other.jsonl" else lines[:2]
+        (tmp_path / name).write_text("".join(json.dumps(line) + "\n" for line in chosen))
+    done = hpckv("run", run_file, "--input", tmp_path / "other.jsonl")
+    assert done.returncode == 64
+    assert "other.jsonl:3: 'q2' was answered in" in done.stderr
+    assert "take another --output" in done.stderr
+    fewer = hpckv("run", run_file, "--input", tmp_path / "fewer.jsonl")
+    assert fewer.returncode == 0, fewer.stderr
+    assert "2 answers are of requests that" in fewer.stderr
+    answered = [json.loads(raw) for raw in (tmp_path / "out" / "output.jsonl").read_bytes().splitlines()]
+    assert answered == [json.loads(raw) for raw in before.splitlines()]
+    assert len({line["id"] for line in answered}) == 4

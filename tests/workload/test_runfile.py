@@ -50,9 +50,11 @@ container: {image: hpckv.sif, runtime: apptainer, bind: []}
         (MINIMAL + "engine: {numerics: exact}", "engine.numerics: Invalid enum value 'exact'"),
         (MINIMAL + "store: {shared: /x, host_size: 3 apples}", "store.host_size: '3 apples' is not a size"),
         (MINIMAL + "cache: {device_memory: 1.5}", "device_memory"),
-        ("input: x\noutput: y", "missing required field `model`"),
+        ("input: x\noutput: y", "model: is missing"),
         ("- a", "expected a mapping"),
         ("model: {path: m\ninput", "not valid YAML"),
+        ("model: {path: m}\noutput: y", "input: is missing"),
+        ("model: {path: m}\ninput: x\noutput: y\nengine: {numerics: exact}", "expected fast or strict"),
         ("model: {path: m}\ninput: x\noutput: y\nmodel: {path: n}", ":4: not valid YAML (model: stands twice)"),
     ],
 )
@@ -88,3 +90,25 @@ def test_a_wrong_set_flag_and_a_missing_file_are_said(tmp_path):
         load(tmp_path, sets=["input.x=1"])
     with pytest.raises(MissingInputError):
         load_run(tmp_path / "nowhere.yaml")
+
+
+@pytest.mark.parametrize(
+    ("site", "said"),
+    [
+        ("defaults: {strore: {}}", "site.yaml: defaults: strore: unknown key; did you mean 'store'?"),
+        ("rates: [{gpu: cpu, prefil_tokens_per_s: 1, decode_tokens_per_s: 1}]", "did you mean 'prefill_tokens_per_s'?"),
+        ("points: {prices: [{per_nod_hour: 1}]}", "did you mean 'per_node_hour'?"),
+        (
+            "rates: [{gpu: cpu, prefill_tokens_per_s: 0, decode_tokens_per_s: 1}]",
+            "prefill_tokens_per_s: 0.0 is not above 0",
+        ),
+    ],
+)
+def test_a_mistake_in_a_site_file_is_said_to_be_there(tmp_path, site, said):
+    (tmp_path / "site.yaml").write_text(site)
+    (tmp_path / "run.yaml").write_text(f"{{model: {{path: m}}, input: x, output: y, site: {tmp_path}/site.yaml}}")
+    with pytest.raises(ConfigError) as error:
+        load_run(tmp_path / "run.yaml")
+    assert said in str(error.value)
+    assert f"{tmp_path}/site.yaml" in str(error.value)
+    assert "\n" not in str(error.value)
