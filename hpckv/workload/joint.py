@@ -10,7 +10,7 @@ import fcntl
 import json
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -191,8 +191,9 @@ class _JoinedRun:
                             awake = time.monotonic()
                         continue
                     awake = time.monotonic()
-                    self._take(self._engine.step(), part, progress, begun)
-                    view.done |= self._share.finish(part.sync)
+                    with self._unless_over():
+                        self._take(self._engine.step(), part, progress, begun)
+                        view.done |= self._share.finish(part.sync)
                 self._engine.abort_all()
         finally:
             self._summary.answering_s = time.monotonic() - begun
@@ -234,10 +235,16 @@ class _JoinedRun:
             )
 
     def _close(self, part: OutputFile) -> None:
-        try:
+        with self._unless_over():
             part.close()
+
+    @contextlib.contextmanager
+    def _unless_over(self) -> Iterator[None]:
+        """A part that cannot be written is no trouble once others have had the same answers, and all are merged."""
+        try:
+            yield
         except CannotWriteError:
-            if not self._queue.look().is_over:  # else somebody else had the same answers, and all are merged
+            if not self._queue.look().is_over:
                 raise
 
     def _merge(self, drain: Drain, heart: Heart) -> bool:
