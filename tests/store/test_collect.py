@@ -192,7 +192,9 @@ def test_eight_processes_of_three_users_keep_a_quota_of_half_of_what_they_write(
     # Two writers may look at once before either has written: within one segment a writer.
     assert sum(f.num_bytes for f in found.segments()) <= quota + 8 * one
     assert sum(computed for computed, _ in results) > 2 * 20 * 4, "half of what they write must not fit"
-    assert len({f.uid for f in found.segments()}) == 3
+    # All three have written; whose segments are left at the end is the collectors' to say.
+    assert {int(path.name) for path in (store / "u").iterdir() if any(path.glob("seg/*"))} == {OWNER, MEMBER, OTHER}
+    assert {f.uid for f in found.segments()} <= {OWNER, MEMBER, OTHER}
     assert json.loads((store / "STORE.json").read_text())["quota"]["bytes"] == str(quota)
 
 
