@@ -14,7 +14,7 @@ from typing import Any, Literal, TypeVar, get_args, get_origin
 
 import msgspec
 
-from hpckv.errors import ConfigError, MissingInputError
+from hpckv.errors import AccessError, ConfigError, MissingInputError
 from hpckv.quantity import ByteSize
 
 T = TypeVar("T")
@@ -30,13 +30,15 @@ class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
-    """The mapping in a YAML file; raises `MissingInputError` or `ConfigError` with the line."""
+    """The mapping in a YAML file; raises `MissingInputError`, `AccessError`, or `ConfigError` with the line."""
     import yaml  # here, as most commands read none
 
     try:
         content = yaml.load(path.read_text(encoding="utf-8"), _strict_loader())
     except FileNotFoundError:
         raise MissingInputError(f"{path}: no such file") from None
+    except PermissionError:
+        raise AccessError(f"{path}: permission denied") from None
     except OSError as error:
         raise MissingInputError(f"{path}: {error.strerror}") from None
     except UnicodeDecodeError:

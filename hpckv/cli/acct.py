@@ -73,7 +73,8 @@ def acct(
         bool, typer.Option("--reconcile", help="Set jobs beside sacct; exit code 3 if something does not agree.")
     ] = False,
     prom: Annotated[
-        Path | None, typer.Option("--prom", metavar="FILE", help="Everybody's sums for node_exporter, since ever.")
+        Path | None,
+        typer.Option("--prom", metavar="FILE", help="Everybody's sums for node_exporter, since ever.", readable=False),
     ] = None,
     disk: Annotated[
         bool, typer.Option("--disk", help="What the store's files cost, by user, or --group-by namespace.")

@@ -23,7 +23,9 @@ if TYPE_CHECKING:
 
 
 def load(
-    runfile: Annotated[Path, typer.Argument(metavar="RUN.yaml", help="The run file: its model, store and machine.")],
+    runfile: Annotated[
+        Path, typer.Argument(readable=False, metavar="RUN.yaml", help="The run file: its model, store and machine.")
+    ],
     *,
     sets: Annotated[list[str] | None, typer.Option("--set", metavar="A.B=C", help="Override one setting.")] = None,
     lengths: Annotated[

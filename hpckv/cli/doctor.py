@@ -17,7 +17,9 @@ _COLORS = {Verdict.PASS: "green", Verdict.WARN: "yellow", Verdict.FAIL: "red"}
 
 
 def doctor(
-    directory: Annotated[Path, typer.Argument(metavar="[DIR]", help="Where the store or the run will be.")] = Path(),
+    directory: Annotated[
+        Path, typer.Argument(readable=False, metavar="[DIR]", help="Where the store or the run will be.")
+    ] = Path(),
     *,
     as_json: Annotated[bool, typer.Option("--json", help="Machine-readable.")] = False,
 ) -> None:

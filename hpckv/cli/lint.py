@@ -24,13 +24,14 @@ EXIT_FOUND = 3
 
 
 def lint(
-    batch_input: Annotated[Path, typer.Argument(metavar="INPUT.jsonl", help="OpenAI Batch lines.")],
+    batch_input: Annotated[Path, typer.Argument(readable=False, metavar="INPUT.jsonl", help="OpenAI Batch lines.")],
     *,
     model: Annotated[
-        Path | None, typer.Option(metavar="PATH", help="Count with this model's tokenizer and chat template.")
+        Path | None,
+        typer.Option(readable=False, metavar="PATH", help="Count with this model's tokenizer and chat template."),
     ] = None,
     runfile: Annotated[
-        Path | None, typer.Option("--run", metavar="RUN.yaml", help="Model and block size of this run.")
+        Path | None, typer.Option("--run", metavar="RUN.yaml", help="Model and block size of this run.", readable=False)
     ] = None,
     block_tokens: Annotated[
         int | None, typer.Option(metavar="N", help="Tokens in a block; the run's, or 64.", show_default=False)

@@ -33,7 +33,7 @@ def _group() -> None:
 
 @model_app.command()
 def info(
-    path: Annotated[Path, typer.Argument(metavar="PATH", help="Hugging Face model folder.")],
+    path: Annotated[Path, typer.Argument(readable=False, metavar="PATH", help="Hugging Face model folder.")],
     *,
     as_json: Annotated[bool, typer.Option("--json", help="Machine-readable.")] = False,
 ) -> None:
@@ -78,7 +78,7 @@ def info(
 
 @model_app.command()
 def stage(
-    path: Annotated[Path, typer.Argument(metavar="PATH", help="Hugging Face model folder.")],
+    path: Annotated[Path, typer.Argument(readable=False, metavar="PATH", help="Hugging Face model folder.")],
     *,
     to: Annotated[
         str,

@@ -27,7 +27,7 @@ EXIT_DOES_NOT_FIT = 78
 
 
 def plan(
-    runfile: Annotated[Path, typer.Argument(metavar="RUN.yaml", help="The run file.")],
+    runfile: Annotated[Path, typer.Argument(readable=False, metavar="RUN.yaml", help="The run file.")],
     *,
     sets: Annotated[list[str] | None, typer.Option("--set", metavar="A.B=C", help="Override one setting.")] = None,
     batch_input: Annotated[

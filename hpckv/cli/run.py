@@ -15,7 +15,7 @@ from hpckv.workload.runfile import load_run
 
 
 def run(
-    runfile: Annotated[Path, typer.Argument(metavar="RUN.yaml", help="The run file.")],
+    runfile: Annotated[Path, typer.Argument(readable=False, metavar="RUN.yaml", help="The run file.")],
     *,
     sets: Annotated[list[str] | None, typer.Option("--set", metavar="A.B=C", help="Override one setting.")] = None,
     batch_input: Annotated[

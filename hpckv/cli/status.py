@@ -16,7 +16,7 @@ from hpckv.launch.slurm_jobs import cancel as cancel_job
 from hpckv.launch.status import RunStatus, read_status
 from hpckv.quantity import format_count, format_duration
 
-Directory = Annotated[Path, typer.Argument(metavar="DIR", help="The run directory.")]
+Directory = Annotated[Path, typer.Argument(readable=False, metavar="DIR", help="The run directory.")]
 
 
 def status(

@@ -21,7 +21,7 @@ from hpckv.schema import to_plain
 
 store_app = typer.Typer(help="Make, inspect and tend block stores.", no_args_is_help=True, rich_markup_mode=None)
 
-Folder = Annotated[Path, typer.Argument(metavar="DIR", help="The store.")]
+Folder = Annotated[Path, typer.Argument(readable=False, metavar="DIR", help="The store.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Machine-readable.")]
 EXIT_FOUND = 3
 
@@ -60,6 +60,7 @@ def init(
     from hpckv.store.root import StoreRoot
 
     if StoreRoot.exists(path):
+        StoreRoot.open(path)  # says so if this user may not look
         raise StoreError(f"store {path}: there is one already; see: hpckv store info {path}")
     if trust not in ("project", "self"):
         raise ConfigError(f"--trust {trust}: expected project or self")

@@ -11,7 +11,7 @@ import typer
 from hpckv.cli.show import group_id, user_name
 from hpckv.errors import ConfigError
 
-Folder = Annotated[Path, typer.Argument(metavar="DIR", help="The store.")]
+Folder = Annotated[Path, typer.Argument(readable=False, metavar="DIR", help="The store.")]
 
 
 def rotate(path: Folder) -> None:

@@ -16,7 +16,7 @@ from hpckv.workload.runfile import load_run
 
 
 def warm(
-    path: Annotated[Path, typer.Argument(metavar="DIR", help="The store.")],
+    path: Annotated[Path, typer.Argument(readable=False, metavar="DIR", help="The store.")],
     *,
     runfile: Annotated[
         Path,

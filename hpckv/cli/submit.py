@@ -21,7 +21,7 @@ def _slurm(*names: str, help_text: str, metavar: str = "TEXT") -> typer.models.O
 
 
 def submit(
-    runfile: Annotated[Path, typer.Argument(metavar="RUN.yaml", help="The run file.")],
+    runfile: Annotated[Path, typer.Argument(readable=False, metavar="RUN.yaml", help="The run file.")],
     sbatch: Annotated[
         list[str] | None, typer.Argument(metavar="[-- SBATCH...]", help="Further options of sbatch, after --.")
     ] = None,

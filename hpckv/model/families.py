@@ -162,6 +162,8 @@ def _read_json(path: Path) -> dict[str, Any]:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ModelError(f"{path}: missing; a model folder has config.json, tokenizer.json and safetensors") from None
+    except PermissionError:
+        raise AccessError(f"{path}: permission denied") from None
     except (OSError, ValueError) as error:
         raise ModelError(f"{path}: not readable as JSON ({error})") from None
     if not isinstance(content, dict):

@@ -81,7 +81,11 @@ def test_unknown_key_in_the_run_file(model, tmp_path):
 
 
 def test_unknown_flag_and_missing_run_file(tmp_path):
-    assert hpckv("run", "x.yaml", "--outputt", "y").returncode == 64
+    fails(hpckv("run", "x.yaml", "--outputt", "y"), 64, "--outputt", "hpckv.cli.main run --help")
+    fails(hpckv("run"), 64, "RUN.yaml")
+    fails(hpckv("nonsense"), 64, "nonsense")
+    fails(hpckv("submit", "x.yaml", "-N", "many"), 64, "--nodes")
+    assert hpckv("store").stderr.startswith("Usage:")
     fails(hpckv("run", tmp_path / "nowhere.yaml"), 66, "nowhere.yaml")
 
 
@@ -230,3 +234,32 @@ def test_an_overflow_is_an_error_and_never_an_answer(model, tmp_path):
     assert "not finite" in errors[0]["error"]["message"]
     assert hpckv("run", run, "--set", "model.dtype=float32").returncode == 0
     assert len(texts(tmp_path)) == 3
+
+
+@pytest.mark.root
+@pytest.mark.parametrize(
+    "verb",
+    [
+        *("run FILE", "plan FILE", "submit --dry-run FILE", "lint FILE", "bench load FILE", "status DIR", "cancel DIR"),
+        *(
+            "model info DIR",
+            "acct --run DIR",
+            "acct --store DIR",
+            "store ls DIR",
+            "store init DIR/new",
+            "run DIR/x.yaml",
+        ),
+    ],
+)
+def test_what_may_not_be_read_is_named(tmp_path, verb):
+    file, folder = tmp_path / "private.yaml", tmp_path / "private"
+    file.touch(0o600)
+    folder.mkdir(0o700)
+    for path in (file, folder):
+        os.chown(path, 65534, 65534)
+    words = verb.replace("FILE", str(file)).replace("DIR", str(folder)).split()
+    # As for anybody but the owner, and root without its right to read all.
+    as_others = ["setpriv", "--bounding-set", "-dac_override,-dac_read_search"]
+    command = [*as_others, sys.executable, "-m", "hpckv.cli.main", *words]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    fails(done, 77, str(tmp_path / "private"), "permission denied")
