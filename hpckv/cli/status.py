@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from hpckv.cli.show import print_facts
+from hpckv.launch.local_jobs import local_jobs
 from hpckv.launch.slurm_jobs import cancel as cancel_job
 from hpckv.launch.status import RunStatus, read_status
 from hpckv.quantity import format_count, format_duration
@@ -42,15 +43,18 @@ def status(
 
 
 def cancel(directory: Directory) -> None:
-    """End the Slurm jobs of a run. All answers so far stay, and the same command goes on from there.
+    """End the jobs of a run. All answers so far stay, and the same command goes on from there.
 
     Example: hpckv cancel runs/eval-1
     """
-    jobs = [job.job for job in read_status(directory).jobs if job.is_open]
+    found = read_status(directory)
+    jobs = [job.job for job in found.jobs if job.is_open]
     if not jobs:
-        typer.echo(f"{directory}: no job of this run is running or waiting")
+        by_hand = "; it was started by hand, so end it there" if found.state == "running" else ""
+        typer.echo(f"{directory}: no job of this run is running or waiting{by_hand}")
+    here = {job.name: job for job in local_jobs(directory)}
     for job in jobs:
-        trouble = cancel_job(job)
+        trouble = here[job].cancel() if job in here else cancel_job(job)
         typer.echo(f"{job}: {trouble or 'cancelled'}")
 
 

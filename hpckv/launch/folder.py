@@ -10,6 +10,8 @@ CONFIG, FLAGS = "config.yaml", "flags.json"
 """The resolved configuration, and flags of `hpckv run`."""
 JOBS, REQUESTS = "jobs", "requests"
 """Numbers of its Slurm jobs, one a line; how many requests the run has."""
+LOCAL_JOB = "local-job"
+"""Host and number of the process that stands for them with `--executor local`."""
 
 
 @dataclass(frozen=True)
@@ -36,6 +38,11 @@ def submitted_requests(directory: Path) -> int:
         with suppress(OSError):
             return int(path.read_text())
     return 0
+
+
+def read_codes(folder: Path) -> list[int]:
+    """Exit codes of the ranks of a local job, as far as they have ended."""
+    return [int(text) for path in folder.glob("code-*") if (text := path.read_text().strip())]
 
 
 def newest_job(folder: Path) -> str | None:

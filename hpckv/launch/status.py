@@ -13,6 +13,7 @@ import msgspec
 
 from hpckv.errors import MissingInputError
 from hpckv.launch.folder import submitted_jobs, submitted_requests
+from hpckv.launch.local_jobs import local_jobs
 from hpckv.launch.slurm_jobs import JobState, job_states
 from hpckv.workload.queue import open_parts
 from hpckv.workload.starts import Start, read_starts
@@ -74,8 +75,8 @@ class RunStatus:
 
 def read_status(directory: Path) -> RunStatus:
     """Raises `MissingInputError` if the folder is no run directory."""
-    starts, submitted = read_starts(directory), submitted_jobs(directory)
-    if not starts and not submitted:
+    starts, submitted, here = read_starts(directory), submitted_jobs(directory), local_jobs(directory)
+    if not (starts or submitted or here):
         raise MissingInputError(f"{directory}: no run directory (it has no logs/starts*.jsonl)")
     requests = starts[-1].requests if starts else submitted_requests(directory)
     status = RunStatus(str(directory), "stopped", requests, starts=len(starts))
@@ -91,7 +92,7 @@ def read_status(directory: Path) -> RunStatus:
             recent.popleft()
     errors = directory / "errors.jsonl"
     status.failed = errors.read_bytes().count(b"\n") if errors.exists() else 0
-    status.jobs = job_states(_jobs(starts, submitted))
+    status.jobs = job_states(_jobs(starts, submitted)) + [job.state for job in here]
     status.state = _state(status, starts)
     if recent and starts:
         status.last_answer_s = max(0.0, time.time() - recent[-1][0])

@@ -24,6 +24,7 @@ import yaml
 
 from hpckv.errors import CannotWriteError, CapabilityError, ConfigError, InputError, MissingInputError
 from hpckv.launch.folder import CONFIG, FLAGS, JOBS, REQUESTS
+from hpckv.launch.local_jobs import note_local_job
 from hpckv.launch.script import LIBRARY, BatchScript, array_indexes, check_options, library
 from hpckv.model import read_config
 from hpckv.schema import to_plain
@@ -145,6 +146,7 @@ def submit(prepared: Prepared, environ: Mapping[str, str] = os.environ) -> Submi
         executors.run_here(script)
     if prepared.executor == "local":
         job = executors.submit_here(script, environ)
+        note_local_job(script.folder, int(job.job_id))
         return Submitted(prepared, str(job.job_id), job)
     try:
         number = executors.submit_to_slurm(script, environ)

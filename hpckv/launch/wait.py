@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from hpckv.errors import EXIT_DRAINED, EXIT_FAILED_REQUESTS, EXIT_OK
-from hpckv.launch.folder import last_starts, newest_job, read_end
+from hpckv.launch.folder import last_starts, newest_job, read_codes, read_end
 from hpckv.launch.script import array_indexes
 from hpckv.launch.slurm_jobs import JobState, job_states
 from hpckv.launch.submit import Submitted
@@ -77,5 +77,5 @@ def _wait_here(submitted: Submitted, answered: Callable[[int], None]) -> int:
         answered(count_answers(run_folder))
         time.sleep(_LOOK_S)
     answered(count_answers(run_folder))
-    codes = [int(path.read_text()) for path in submitted.folder.glob("code-*")]
+    codes = read_codes(submitted.folder)
     return run_code(codes) if codes else EXIT_DRAINED

@@ -2,13 +2,14 @@
 
 import json
 import os
+import platform
 import subprocess
 import sys
 import time
 
 import pytest
 
-from tests.cli.runs import chat_lines, hpckv, texts, write_run
+from tests.cli.runs import chat_lines, hpckv, long_run, texts, write_run
 
 
 @pytest.fixture(autouse=True)
@@ -83,6 +84,27 @@ def test_two_ranks_here_give_the_answers_of_one_and_the_command_does_not_wait_fo
     assert texts(tmp_path) == texts(tmp_path, "one")
     shown = json.loads(hpckv("status", tmp_path / "out", "--json").stdout)
     assert (shown["state"], shown["requests"], shown["answered"]) == ("done", 6, 6)
+
+
+def test_a_run_here_is_known_from_the_first_moment_and_can_be_ended(tmp_path, checkpoint):
+    run_file, out = long_run(tmp_path, checkpoint("llama", tokenizer=True), output_tokens=1500), tmp_path / "out"
+    begun = hpckv("submit", run_file, "--executor", "local", "--parsable")
+    assert begun.returncode == 0, begun.stderr
+    shown = json.loads(hpckv("status", out, "--json").stdout)
+    assert (shown["state"], shown["requests"]) == ("running", 60)
+    (job,) = shown["jobs"]
+    assert (job["job"], job["state"]) == (f"{platform.node()}:{begun.stdout.strip()}", "RUNNING")
+    end = time.monotonic() + 120
+    while not (out / "output.jsonl").exists() or not (out / "output.jsonl").read_bytes():
+        assert time.monotonic() < end, "".join(path.read_text() for path in out.glob("submit/*/*.err"))
+        time.sleep(0.05)
+    assert hpckv("cancel", out).stdout == f"{job['job']}: cancelled\n"
+    while json.loads(hpckv("status", out, "--json").stdout)["jobs"][0]["state"] == "RUNNING":
+        assert time.monotonic() < end
+    shown = json.loads(hpckv("status", out, "--json").stdout)
+    assert (shown["state"], shown["jobs"][0]["exit_code"]) == ("stopped", "75:0")
+    assert 0 < shown["answered"] < 60
+    assert "no job of this run" in hpckv("cancel", out).stdout
 
 
 def test_wait_and_debug_have_the_runs_exit_code(tmp_path, checkpoint):
