@@ -27,6 +27,8 @@ from hpckv.store.read_bench import TierReads, read_tiers
 _LONGEST_S = 60.0
 """A longer prefix is not computed once one took so long."""
 _DECODE_REQUESTS, _DECODE_PROMPT, _DECODE_TOKENS = 64, 64, 32
+_LONG_REQUESTS, _LONG_PROMPT = 16, 2048
+"""Of the decode steps that show what contexts cost."""
 
 
 @dataclass(frozen=True)
@@ -47,11 +49,13 @@ class LoadBench:
     decode_step_s: float
     """What a decode step takes beside its sequences."""
     decode_token_s: float
-    """What each of its sequences adds."""
+    """What each of its sequences adds beside its context."""
+    decode_attended_s: float
+    """What each token before its last one adds."""
     decode_requests: int
     """That were measured together, beside one alone."""
     start_s: float
-    """From the start of the process until the weights were loaded."""
+    """From the start of the process until the weights were loaded, and what a first batch takes longer than the next."""
     num_gpus: int
     """Of the replica."""
     read_rate: int | None = None
@@ -93,7 +97,7 @@ class LoadBench:
 
     @property
     def decode_tokens_per_s(self) -> float:
-        """Of `decode_requests` together."""
+        """Of `decode_requests` together, with short contexts."""
         return self.decode_requests / (self.decode_step_s + self.decode_requests * self.decode_token_s)
 
     @property
@@ -123,6 +127,7 @@ class LoadBench:
             **({"attended_tokens_per_s": round(1 / pair_s)} if pair_s else {}),
             "decode_tokens_per_s": round(1 / self.decode_token_s, 1),
             "decode_step_s": round(self.decode_step_s, 6),
+            **({"decode_attended_tokens_per_s": round(1 / self.decode_attended_s)} if self.decode_attended_s else {}),
             "start_s": round(self.start_s, 1),
             **({"load_bytes_per_s": round(shared)} if shared else {}),
             "date": self.date,
@@ -166,9 +171,12 @@ def measure(
         apart -= time.time()
         one.load()
         start_s = time.time() - started + apart
+        requests = max(
+            1, min(_DECODE_REQUESTS, engine.max_requests, one.pages.num_usable * size // (2 * _DECODE_PROMPT))
+        )
+        first, later = (_answer(one, _prompts(one, requests, _short_prompt(one)), 2) for _ in range(2))
         prefill_s = _prefill(one, fitting, step)
-        requests = min(_DECODE_REQUESTS, engine.max_requests, one.pages.num_usable * size // (2 * _DECODE_PROMPT))
-        step_s, token_s = _decode_times(one, max(1, requests))
+        step_s, token_s, attended_s = _decode_times(one, requests)
         step()
         steps = [n for n in prefill_s if n <= engine.max_batch_tokens] or [min(prefill_s)]
         return LoadBench(
@@ -182,46 +190,65 @@ def measure(
             full_step_tokens_per_s=steps[-1] / prefill_s[steps[-1]],
             decode_step_s=step_s,
             decode_token_s=token_s,
-            decode_requests=max(1, requests),
-            start_s=start_s,
+            decode_attended_s=attended_s,
+            decode_requests=requests,
+            start_s=start_s + max(0.0, first - later),
             num_gpus=world.group.size,
             read_rate=store.read_rate,
         )
 
 
 def _prefill(engine: Engine, lengths: Sequence[int], step: Callable[[], None]) -> dict[int, float]:
-    """Seconds to compute a prompt of each length, the better of two; the first of all is for warming up."""
-    _answer(engine, 1, lengths[0], 1)
+    """Seconds to compute a prompt of each length, the better of two."""
     found: dict[int, float] = {}
     for tokens in lengths:
-        found[tokens] = min(_answer(engine, 1, tokens, 1) for _ in range(2))
+        found[tokens] = min(_answer(engine, _prompts(engine, 1, tokens), 1) for _ in range(2))
         step()
         if found[tokens] > _LONGEST_S:
             break
     return found
 
 
-def _decode_times(engine: Engine, requests: int) -> tuple[float, float]:
-    """Seconds of a decode step beside its sequences, and of each of them: from one sequence and from so many, without prompts."""
-    prompt = min(_DECODE_PROMPT, engine.model_config.max_positions // 4)
-    tokens = min(_DECODE_TOKENS, engine.model_config.max_positions // 4)
+def _decode_times(engine: Engine, requests: int) -> tuple[float, float, float]:
+    """Seconds of a decode step beside its sequences, of each of them, and of each token before its last.
 
-    def step_s(count: int) -> float:
-        _answer(engine, count, prompt, 2)
-        first = _answer(engine, count, prompt, 1)
-        return max(1e-9, _answer(engine, count, prompt, tokens) - first) / (tokens - 1)
+    From one sequence and from so many with short contexts, and from a few with long ones.
+    """
+    short, tokens = _short_prompt(engine), min(_DECODE_TOKENS, engine.model_config.max_positions // 4)
+    held = (engine.pages.num_usable - 1) * engine.cache_config.block_tokens
+    few = min(_LONG_REQUESTS, requests)
+    long = min(_LONG_PROMPT, engine.model_config.max_positions // 2, held // few - tokens)
 
-    alone, together = step_s(1), step_s(requests)
+    def step_s(count: int, length: int) -> float:
+        prompts = _prompts(engine, count, length)
+        _answer(engine, prompts, 2)  # from now on they are in the cache, and take no time
+        first = _answer(engine, prompts, 1)
+        return max(1e-9, _answer(engine, prompts, tokens) - first) / (tokens - 1)
+
+    alone, together = step_s(1, short), step_s(requests, short)
     each = max(1e-9, (together - alone) / (requests - 1)) if requests > 1 else alone
-    return max(0.0, alone - each), each
+    step = max(0.0, alone - each)
+    if long < 2 * short:
+        return step, each, 0.0
+    attended = max(0.0, (step_s(few, long) - step) / few - each) / (long - short)
+    return step, max(1e-9, each - attended * (short + tokens / 2)), attended
 
 
-def _answer(engine: Engine, count: int, prompt_tokens: int, output_tokens: int) -> float:
-    """Seconds for so many prompts that share nothing."""
+def _short_prompt(engine: Engine) -> int:
+    """Tokens."""
+    return min(_DECODE_PROMPT, engine.model_config.max_positions // 4)
+
+
+def _prompts(engine: Engine, count: int, tokens: int) -> list[list[int]]:
+    """That share nothing."""
     chance = random.Random()
+    return [chance.choices(range(engine.model_config.vocab_size), k=tokens) for _ in range(count)]
+
+
+def _answer(engine: Engine, prompts: Sequence[list[int]], output_tokens: int) -> float:
+    """Seconds."""
     params = SamplingParams(max_tokens=output_tokens, ignore_eos=True)
-    for number in range(count):
-        prompt = chance.choices(range(engine.model_config.vocab_size), k=prompt_tokens)
+    for number, prompt in enumerate(prompts):
         engine.add(Request(str(number), prompt, params, number))
     begun = time.perf_counter()
     while engine.num_unfinished:

@@ -23,7 +23,7 @@ class Rates(Config, frozen=True):
     prefill_tokens_per_s: float
     """Prompt tokens a second of one replica, without what `attended_tokens_per_s` counts."""
     decode_tokens_per_s: float
-    """Answer tokens a second of one replica with many sequences at once, without what `decode_step_s` is."""
+    """Answer tokens a second of one replica with many sequences at once, without what the other rates of decode count."""
     model: str | None = None
     """Name of the model's folder; any model unless given."""
     num_gpus: int = 1
@@ -32,6 +32,8 @@ class Rates(Config, frozen=True):
     """What a decode step takes however many sequences it has."""
     attended_tokens_per_s: float | None = None
     """Pairs a second of a prompt token that is computed and one before it: attention, which grows with the square of a length."""
+    decode_attended_tokens_per_s: float | None = None
+    """Pairs a second of a token of an answer and one before it: contexts, which decode steps read again and again."""
     start_s: float = 0.0
     """From the start of the process until the weights are loaded."""
     load_bytes_per_s: float | None = None
@@ -40,8 +42,8 @@ class Rates(Config, frozen=True):
     """When it was measured, YYYY-MM-DD."""
 
     def __post_init__(self) -> None:
-        for name in ("prefill_tokens_per_s", "decode_tokens_per_s", "attended_tokens_per_s", "load_bytes_per_s"):
-            if (value := getattr(self, name)) is not None and not value > 0:
+        for name in self.__struct_fields__:
+            if name.endswith("_per_s") and (value := getattr(self, name)) is not None and not value > 0:
                 raise ConfigError(f"rates: {name}: {value} is not above 0")
         if self.num_gpus < 1 or self.decode_step_s < 0 or self.start_s < 0:
             raise ConfigError("rates: num_gpus is at least 1, decode_step_s and start_s at least 0")

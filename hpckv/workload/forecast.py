@@ -85,6 +85,32 @@ def forecast(
     return found
 
 
+@dataclass(frozen=True)
+class Decoding:
+    """What the answers of a run will be."""
+
+    output_tokens: list[int]
+    """Of each sequence, in the plan's order."""
+    attended_tokens: float
+    """Pairs of a token of an answer and one before it. A block that several sequences share counts as often as it is read."""
+
+
+def decoding(
+    prompts: Sequence[PlannedPrompt], output_tokens: Sequence[int], block_tokens: int, num_sharing: int
+) -> Decoding:
+    """Of sequences, in the plan's order, that give so many tokens each; up to `num_sharing` at a time read a block once for all."""
+    uses = Counter(key for prompt in prompts for key in prompt.keys)
+    attended = 0.0
+    for prompt, tokens in zip(prompts, output_tokens, strict=True):
+        before = (
+            len(prompt.token_ids)
+            - len(prompt.keys) * block_tokens
+            + sum(block_tokens / min(uses[key], num_sharing) for key in prompt.keys)
+        )
+        attended += tokens * (before + tokens / 2)
+    return Decoding(list(output_tokens), attended)
+
+
 def decode_steps(output_tokens: Sequence[int], num_at_once: int) -> int:
     """Steps until sequences that give so many tokens are through, in this order, `num_at_once` of them at a time."""
     ends: list[int] = []

@@ -25,7 +25,7 @@ from hpckv.store import BlockGeometry, TieredStore, open_store
 from hpckv.store.root import StoreRoot
 from hpckv.usage.points import PointsConfig, read_points
 from hpckv.usage.rates import Rates, best_rates, ledger_rates, read_rates
-from hpckv.workload.forecast import Forecast, decode_steps, forecast
+from hpckv.workload.forecast import Decoding, Forecast, decode_steps, decoding, forecast
 from hpckv.workload.lines import BatchLine, read_batch
 from hpckv.workload.output import ids_in
 from hpckv.workload.plan import plan_run
@@ -166,19 +166,23 @@ def look_ahead(
                 work = _read(config, model, options, left, store, stepping, found)
             size, nearest = config.cache.block_tokens, store.nearest if store else None
             expected = forecast([w.prompt for w in work], size, nearest, reuses=config.cache.reuse)
-        outputs = output_lengths(work, output_tokens)
-        found.costs += [_cost(config, model, kind, dtype, expected, work, outputs, points) for kind in kinds]
-    found.output_tokens = sum(output_lengths(work or [], output_tokens))
+        answers = decoding_of(work, config, output_tokens)
+        found.costs += [_cost(config, model, kind, dtype, expected, work, answers, points) for kind in kinds]
+    found.output_tokens = sum(_output_lengths(work or [], output_tokens))
     return found
 
 
-def output_lengths(work: Sequence[Work], expected: int | None = None) -> list[int]:
-    """Tokens of every answer, in the plan's order: `max_tokens`, or `expected` where that is less."""
-    return [
-        min(expected or w.line.params.max_tokens, w.line.params.max_tokens)
-        for w in work
-        for _ in range(w.line.params.n)
-    ]
+def _output_lengths(work: Sequence[Work], expected: int | None) -> list[int]:
+    """Tokens of every sequence."""
+    params = [w.line.params for w in work]
+    return [min(expected or one.max_tokens, one.max_tokens) for one in params for _ in range(one.n)]
+
+
+def decoding_of(work: Sequence[Work], config: RunConfig, expected: int | None = None) -> Decoding:
+    """Answers of `max_tokens`, or of `expected` tokens where that is less."""
+    prompts = [w.prompt for w in work for _ in range(w.line.params.n)]
+    num_sharing = config.engine.max_requests if config.engine.share_prefix_attention else 1
+    return decoding(prompts, _output_lengths(work, expected), config.cache.block_tokens, num_sharing)
 
 
 def _read(
@@ -234,13 +238,15 @@ def _kinds(config: RunConfig, model: ModelConfig, site: Path | None, gpus: Seque
 def _estimated(gpu: GpuClass, model: ModelConfig, ranks: int) -> Rates:
     """By the data sheet, for a replica of one GPU or several."""
     prefill = _REACHED * gpu.tflops * 1e12 * ranks / (2 * model.num_parameters)
-    weights_s = 2 * model.num_parameters / (gpu.bandwidth_gb_s * 1e9 * ranks)
+    bandwidth = gpu.bandwidth_gb_s * 1e9 * ranks
+    weights_s = 2 * model.num_parameters / bandwidth
     return Rates(
         gpu=gpu.name,
         prefill_tokens_per_s=prefill,
         decode_tokens_per_s=prefill / 2,
         num_gpus=ranks,
         decode_step_s=weights_s + _LAYER_S * model.num_layers,
+        decode_attended_tokens_per_s=_REACHED * bandwidth / (2 * model.kv_values_per_token),
     )
 
 
@@ -293,12 +299,12 @@ def _cost(
     dtype: str,
     expected: Forecast,
     work: Sequence[Work],
-    outputs: Sequence[int],
+    answers: Decoding,
     points: PointsConfig,
 ) -> Cost:
     size, ranks = config.cache.block_tokens, config.parallel.num_ranks
     block_bytes = size * model.kv_values_per_token * DTYPES[dtype]
-    seconds = seconds_of(kind.rates, expected, outputs, config, expected.loaded_blocks * block_bytes)
+    seconds = seconds_of(kind.rates, expected, answers, config, expected.loaded_blocks * block_bytes)
     kept = 0
     if config.store and config.store.write == "all":
         of_answers = (_answer_blocks(w, size) for w in work)
@@ -326,9 +332,7 @@ def _answer_blocks(work: Work, size: int) -> int:
     return params.n * ((prompt + params.max_tokens - 1) // size - prompt // size)
 
 
-def seconds_of(
-    rates: Rates, expected: Forecast, output_tokens: Sequence[int], config: RunConfig, load_bytes: int
-) -> float:
+def seconds_of(rates: Rates, expected: Forecast, answers: Decoding, config: RunConfig, load_bytes: int) -> float:
     """From the start of the processes to the last answer."""
     parallel = config.parallel
     ranks, replicas = parallel.tp * parallel.pp, parallel.replicas
@@ -338,7 +342,10 @@ def seconds_of(
     if rates.attended_tokens_per_s:
         prefill_s += expected.attended_tokens / rates.attended_tokens_per_s
     prefill_s /= speed * replicas
-    steps = decode_steps(output_tokens, config.engine.max_requests * replicas)
-    decode_s = sum(output_tokens) / (rates.decode_tokens_per_s * speed * replicas) + steps * rates.decode_step_s
+    decode_s = sum(answers.output_tokens) / rates.decode_tokens_per_s
+    if rates.decode_attended_tokens_per_s:
+        decode_s += answers.attended_tokens / rates.decode_attended_tokens_per_s
+    decode_s /= speed * replicas
+    decode_s += decode_steps(answers.output_tokens, config.engine.max_requests * replicas) * rates.decode_step_s
     load_s = load_bytes / (rates.load_bytes_per_s * ranks * replicas) if rates.load_bytes_per_s else 0.0
     return rates.start_s + prefill_s + decode_s + load_s

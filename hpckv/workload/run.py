@@ -30,7 +30,7 @@ from hpckv.workload.drain import Drain
 from hpckv.workload.forecast import forecast
 from hpckv.workload.job_comment import NOTHING_LEFT, comment, leave_comment
 from hpckv.workload.lines import BatchInput, BatchLine, read_batch
-from hpckv.workload.outlook import output_lengths, seconds_of
+from hpckv.workload.outlook import decoding_of, seconds_of
 from hpckv.workload.output import OutputFile, RunLock, write_file
 from hpckv.workload.plan import RunPlan, most_tokens_in_use, plan_run
 from hpckv.workload.prepare import (
@@ -155,7 +155,7 @@ def _look_ahead(summary: Summary, engine: Engine, work: Sequence[Work], config: 
     ranks = config.parallel.tp * config.parallel.pp
     if rates := best_rates(known, engine.rank.capability.label, model, ranks):
         load_bytes = expected.loaded_blocks * engine.pages.whole.block_bytes
-        summary.expected_s = round(seconds_of(rates, expected, output_lengths(work), config, load_bytes), 3)
+        summary.expected_s = round(seconds_of(rates, expected, decoding_of(work, config), config, load_bytes), 3)
 
 
 def follow(config: RunConfig, drain: Drain, world: World) -> None:

@@ -18,7 +18,9 @@ from tests.cli.runs import chat_lines, hpckv, write_run
 def bench(prefill_s, read_s, **more):
     """Blocks of 64 tokens and 1 kB."""
     reads = TierReads("shared", "/kv", {tokens // 64: seconds for tokens, seconds in read_s.items()})
-    found = LoadBench("a GPU", "a model", "float16", 64, 1000, prefill_s, [reads], 1e4, 1e-3, 1e-4, 64, 5.0, 1, **more)
+    found = LoadBench(
+        "a GPU", "a model", "float16", 64, 1000, prefill_s, [reads], 1e4, 1e-3, 1e-4, 1e-7, 64, 5.0, 1, **more
+    )
     return found, reads
 
 

@@ -6,9 +6,10 @@ from pathlib import Path
 
 import pytest
 
+from hpckv.usage.rates import Rates
 from hpckv.usage.record import TIERS
-from hpckv.workload.forecast import decode_steps, forecast
-from hpckv.workload.outlook import look_ahead
+from hpckv.workload.forecast import Decoding, Forecast, decode_steps, decoding, forecast
+from hpckv.workload.outlook import look_ahead, seconds_of
 from hpckv.workload.plan import PlannedPrompt, plan_run
 from hpckv.workload.prepare import RunOptions
 from hpckv.workload.runfile import load_run
@@ -55,6 +56,23 @@ def test_the_steps_of_a_decode_are_those_of_the_busiest_slot():
     assert decode_steps([5, 5, 5], 2) == 8
     assert decode_steps([5, 1, 9], 8) == 8
     assert decode_steps([], 3) == 0
+
+
+def test_a_block_that_sequences_share_is_read_once_for_those_that_run_together():
+    prompts = planned([1, 2, 3, 4, 5], [1, 2, 3, 4, 6], [7])
+    # Tokens before: half of the shared block and one, twice; one. Each token of an answer adds itself for the next.
+    assert decoding(prompts, [2, 4, 6], SIZE, 8).attended_tokens == 2 * (3 + 1) + 4 * (3 + 2) + 6 * (1 + 3)
+    assert decoding(prompts, [2, 4, 6], SIZE, 1).attended_tokens == 2 * (5 + 1) + 4 * (5 + 2) + 6 * (1 + 3)
+
+
+def test_long_contexts_make_answers_take_longer(tmp_path, checkpoint):
+    run_file = write_run(tmp_path, checkpoint("llama", tokenizer=True), chat_lines(6), sampling={"max_tokens": 5})
+    config, work = load_run(run_file, sets=[]), Decoding([5] * 6, 1200.0)
+    plain = Rates(gpu="cpu", prefill_tokens_per_s=100, decode_tokens_per_s=10)
+    attending = Rates(gpu="cpu", prefill_tokens_per_s=100, decode_tokens_per_s=10, decode_attended_tokens_per_s=300)
+    nothing = Forecast()
+    assert seconds_of(plain, nothing, work, config, 0) == pytest.approx(3)
+    assert seconds_of(attending, nothing, work, config, 0) == pytest.approx(3 + 4)
 
 
 def test_with_an_empty_store_the_least_possible_is_computed():
