@@ -11,15 +11,19 @@ import logging
 import os
 import signal
 import threading
+import time
 from collections.abc import Callable
 
 _log = logging.getLogger(__name__)
+
+_SAME_S = 2.0
+"""Slurm sends SIGUSR1 and SIGTERM for one preemption, and scripts and srun hand on what the task has had from Slurm already."""
 
 DRAIN_SIGNALS = frozenset({signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT})
 
 
 class Drain:
-    """Becomes `requested` when a drain signal arrives; a second SIGINT or SIGTERM ends the process at once."""
+    """Becomes `requested` when a drain signal arrives; a second SIGINT, or a second SIGTERM later, ends the process at once."""
 
     def __init__(self) -> None:
         self._event = threading.Event()
@@ -63,9 +67,14 @@ def install() -> Drain:
 
 
 def _wait(drain: Drain) -> None:
+    asked: float | None = None
     while True:
         received = signal.Signals(signal.sigwait(DRAIN_SIGNALS))
-        if drain.requested and received in (signal.SIGINT, signal.SIGTERM):
-            os._exit(128 + received)  # asked twice: now
-        _log.warning("%s: finishing this step, keeping all answers, then stopping", received.name)
+        if received in (signal.SIGINT, signal.SIGTERM):
+            is_impatient = asked is not None and (received == signal.SIGINT or time.monotonic() - asked > _SAME_S)
+            if is_impatient:
+                os._exit(128 + received)  # asked twice: now
+            asked = asked or time.monotonic()
+        if not drain.requested:
+            _log.warning("%s: finishing this step, keeping all answers, then stopping", received.name)
         drain.request(received)
