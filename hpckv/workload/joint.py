@@ -95,6 +95,10 @@ class _JoinedRun:
             _log.info("all %d answers are there", len(done))
             leave_comment(NOTHING_LEFT)
             return EXIT_OK
+        if self._is_finished_by_the_same_array:
+            _log.info("the other tasks of this array have finished the run; what failed is tried again by the next job")
+            leave_comment(NOTHING_LEFT)
+            return self._exit_code
         self._plan = self._agree_on_plan(left)
         self._place = {name: place for place, name in enumerate(self._plan.ids)}
         self._worker.tokens = self._engine.limits.held_tokens
@@ -103,10 +107,11 @@ class _JoinedRun:
         heart = Heart(self._queue, self._lease_s)
         try:
             if not drain.requested:
-                self._engine.load(self._plan.max_tokens_in_use)
-                self._summary.loaded_s = time.monotonic() - started
-                self._starting.mark("loaded")
-                self._write_provenance()
+                if self._plan.items:  # else every line that is left was refused
+                    self._engine.load(self._plan.max_tokens_in_use)
+                    self._summary.loaded_s = time.monotonic() - started
+                    self._starting.mark("loaded")
+                    self._write_provenance()
                 while not self._is_drained(drain):
                     self._answer(drain, heart)
                     if self._merge(drain, heart):
@@ -122,9 +127,24 @@ class _JoinedRun:
             _log.warning("stopped with requests left; other jobs, or the same command, go on from here")
             return EXIT_DRAINED
         _log.info("%s", self._summary.line(str(self._directory)))
+        return self._exit_code
+
+    @property
+    def _exit_code(self) -> int:
+        """Of a run that is finished."""
         errors = self._directory / "errors.jsonl"
         has_failed = errors.exists() and errors.stat().st_size > 0
         return EXIT_FAILED_REQUESTS if has_failed and not self._options.allows_errors else EXIT_OK
+
+    @property
+    def _is_finished_by_the_same_array(self) -> bool:
+        """Whether no round is under way, and tasks of this job's array were in the last one: a late one has nothing to add."""
+        array, mark, _ = (self._worker.job or "").partition("_")
+        number = int(self._queue.folder.name)
+        if not mark or number == 1 or self._queue.plan:
+            return False
+        before = self._queue.folder.with_name(str(number - 1))
+        return any((before / "workers").glob(f"{array}_*.summary.json"))
 
     def _agree_on_plan(self, left: Sequence[BatchLine]) -> QueuePlan:
         """The round's plan, made here if nobody has made it; raises `ConfigError` if it is another run's."""
@@ -168,7 +188,10 @@ class _JoinedRun:
 
     def _answer(self, drain: Drain, heart: Heart) -> None:
         """Steps until all items are done or a drain is asked for."""
-        part = OutputFile(self._queue.part)
+        with self._unless_over():
+            self._answer_into(OutputFile(self._queue.part), drain, heart)
+
+    def _answer_into(self, part: OutputFile, drain: Drain, heart: Heart) -> None:
         awake = begun = time.monotonic()
         most = _QUEUED_BATCHES * self._engine.config.max_requests
         try:
@@ -272,11 +295,12 @@ class _JoinedRun:
     def _write_summary(self) -> None:
         """This worker's, and the sum of all that there are: the last to end leaves the whole."""
         own = {**self._summary.sums, "times": self._starting.record, **engine_record(self._engine)}
-        folder = self._queue.folder / "workers"
-        write_file(folder / f"{self._worker.name}.summary.json", json.dumps(own, indent=2))
+        path = self._queue.folder / "workers" / f"{self._worker.name}.summary.json"
+        write_file(path, json.dumps(own, indent=2))
 
         def everybodys() -> dict[str, dict[str, Any]]:
-            return {path.name: json.loads(path.read_bytes()) for path in sorted(folder.glob("*.summary.json"))}
+            paths = sorted(self._directory.glob("queue/*/workers/*.summary.json"))  # of all rounds
+            return {path.name: json.loads(path.read_bytes()) for path in paths}
 
         written: dict[str, dict[str, Any]] = {}
         while (records := everybodys()) != written:  # else one that ended meanwhile would be overwritten

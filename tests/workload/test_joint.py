@@ -126,6 +126,60 @@ def test_one_that_hangs_loses_its_work_and_spoils_nothing_when_it_wakes(tmp_path
     assert texts(tmp_path) == wanted
 
 
+SLOW_TO_LOAD = """
+import pathlib, sys, time
+from hpckv.engine.engine import Engine
+load, go = Engine.load, pathlib.Path(sys.argv.pop())
+def slowly(*given, **more):
+    (go.parent / "loading").touch()
+    while not go.exists():
+        time.sleep(0.02)
+    load(*given, **more)
+Engine.load = slowly
+from hpckv.cli.main import main
+main()
+"""
+
+
+def test_one_whose_model_is_loaded_when_the_others_have_finished_ends_in_peace(tmp_path, model, wanted):
+    run_file = write_run(tmp_path, model, chat_lines(COUNT), sampling=SAMPLING, queue=QUEUE)
+    command = [sys.executable, "-c", SLOW_TO_LOAD, "run", str(run_file), "--join", str(tmp_path / "go")]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as late:
+        end = time.monotonic() + 120
+        while not (tmp_path / "loading").exists():
+            assert time.monotonic() < end
+            time.sleep(0.02)
+        assert hpckv("run", run_file, "--join").returncode == 0
+        (tmp_path / "go").touch()
+        _, said = late.communicate(timeout=120)
+    assert late.returncode == 0, said
+    assert texts(tmp_path) == wanted
+    assert summary(tmp_path)["requests"] == COUNT
+
+
+def task(number: int) -> dict[str, str]:
+    names = {"SLURM_JOB_ID": f"{70 + number}", "SLURM_ARRAY_JOB_ID": "70", "SLURM_ARRAY_TASK_ID": f"{number}"}
+    return {**os.environ, **names}
+
+
+def test_a_late_task_of_an_array_leaves_alone_what_failed(tmp_path, model):
+    lines = chat_lines(6)
+    lines.append({**lines[0], "custom_id": "long", "body": {"messages": [{"role": "user", "content": "word " * 5000}]}})
+    run_file = write_run(tmp_path, model, lines, sampling=SAMPLING, queue=QUEUE)
+    assert hpckv("run", run_file, "--join", "--skip-bad-lines", env=task(0)).returncode == 3
+    before = (tmp_path / "out" / "summary.json").read_bytes()
+    late = hpckv("run", run_file, "--join", "--skip-bad-lines", env=task(1))
+    assert (late.returncode, "the other tasks of this array have finished" in late.stderr) == (3, True)
+    assert not (tmp_path / "out" / "queue" / "2").exists()
+    assert (tmp_path / "out" / "summary.json").read_bytes() == before
+    # Another job looks again, has nothing to compute, and forgets nothing.
+    again = hpckv("run", run_file, "--join", "--skip-bad-lines")
+    assert again.returncode == 3
+    assert "load" not in again.stderr
+    assert summary(tmp_path)["requests"] == 6
+    assert len((tmp_path / "out" / "errors.jsonl").read_text().splitlines()) == 1
+
+
 def test_failed_requests_are_tried_again_by_the_next_start_only(tmp_path, model):
     lines = chat_lines(6)
     lines.append({**lines[0], "custom_id": "long", "body": {"messages": [{"role": "user", "content": "word " * 5000}]}})
