@@ -89,11 +89,9 @@ def write_report(
 
 
 def _put(path: Path, content: bytes) -> None:
-    from hpckv.store.durable import publish
+    from hpckv.store.durable import mode_for, publish
 
-    mask = os.umask(0o077)
-    os.umask(mask)
-    publish(path, [content], mode=0o666 & ~mask)
+    publish(path, [content], mode=mode_for(path))
     typer.echo(path)
 
 

@@ -36,8 +36,10 @@ def main() -> None:
             raise
         sys.exit(_say(f"{error.filename}: permission denied", AccessError.exit_code))
     except OSError as error:
-        if error.filename is not None or error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EIO):
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS):
             raise
+        if error.filename is not None:
+            sys.exit(_say(f"{error.filename}: {error.strerror}", CannotWriteError.exit_code))
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the interpreter tries again at its end
         sys.exit(_say(f"standard output cannot be written: {error.strerror}", CannotWriteError.exit_code))
 

@@ -9,6 +9,7 @@ import contextlib
 import errno
 import os
 import secrets
+import stat
 from collections import deque
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,6 +20,20 @@ _AT_ONCE = 512
 """Parts handed to one writev(); the kernel takes 1,024."""
 
 Buffer = bytes | bytearray | memoryview
+
+
+def mode_for(path: Path) -> int:
+    """For a file of the user's own: the permission bits of the one that is there, else what the umask leaves."""
+    try:
+        return stat.S_IMODE(path.stat().st_mode)
+    except OSError:
+        return 0o666 & ~_umask()
+
+
+def _umask() -> int:
+    """Asked of the kernel: os.umask() would set it, for all threads."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next((int(line.split()[1], 8) for line in lines if line.startswith("Umask:")), 0o022)
 
 
 def publish(

@@ -25,13 +25,14 @@ from hpckv.workload.drain import Drain
 from hpckv.workload.job_comment import NOTHING_LEFT, comment, leave_comment
 from hpckv.workload.lines import BatchInput, BatchLine
 from hpckv.workload.merge import add_up, merge_parts, run_digest
-from hpckv.workload.output import OutputFile, RunLock, ids_in, write_file
+from hpckv.workload.output import OutputFile, ids_in, write_file
 from hpckv.workload.plan import most_tokens_in_use, plan_run
 from hpckv.workload.prepare import RunOptions, prepare, refuse_changed_requests, stop_at_bad_lines
 from hpckv.workload.progress import RunProgress
 from hpckv.workload.provenance import provenance
 from hpckv.workload.queue import MERGE, Heart, Item, QueuePlan, View, Worker, WorkQueue, newest_round
 from hpckv.workload.routing import cut_subtrees, num_common
+from hpckv.workload.run_lock import RunLock
 from hpckv.workload.runfile import RunConfig
 from hpckv.workload.share import Share
 from hpckv.workload.starting import Starting

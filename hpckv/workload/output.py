@@ -8,7 +8,6 @@ more, and ends when it notices. No lock is needed for that.
 
 from __future__ import annotations
 
-import fcntl
 import json
 import logging
 import mmap
@@ -20,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from hpckv.errors import CannotWriteError
-from hpckv.store.durable import publish
+from hpckv.store.durable import mode_for, publish
 
 _log = logging.getLogger(__name__)
 
@@ -37,7 +36,7 @@ class OutputFile:
         try:
             self.done: set[str] = set()
             try:
-                self._fd = os.open(path, flags | os.O_CREAT | os.O_EXCL, 0o644)
+                self._fd = os.open(path, flags | os.O_CREAT | os.O_EXCL, 0o666)
             except FileExistsError:
                 self.done, own = self._take_over()
                 self._fd = os.open(path, flags)
@@ -68,10 +67,16 @@ class OutputFile:
         self.done.add(str(record["custom_id"]))
 
     def sync(self) -> None:
-        """Bring every line so far onto the disk; raises `OSError`, or `CannotWriteError` if another start has taken over."""
-        os.fsync(self._fd)
-        self._synced = time.monotonic()
-        if os.stat(self.path).st_ino != os.fstat(self._fd).st_ino:  # network filesystems may not count names rightly
+        """Bring every line so far onto the disk; raises `CannotWriteError`, also if another start has taken over."""
+        try:
+            os.fsync(self._fd)  # network filesystems say only here that a quota is used up
+            self._synced = time.monotonic()
+            is_own = os.stat(self.path).st_ino == os.fstat(self._fd).st_ino  # they may not count names rightly, either
+        except OSError as error:
+            raise CannotWriteError(
+                f"{self.path}: {error.strerror}; run again to make sure of the last answers"
+            ) from None
+        if not is_own:
             raise self._lost()
 
     def _lost(self) -> CannotWriteError:
@@ -81,10 +86,6 @@ class OutputFile:
         """Sync and close; raises `CannotWriteError` if the filesystem reports a full disk only now, or another start took over."""
         try:
             self.sync()
-        except OSError as error:
-            raise CannotWriteError(
-                f"{self.path}: {error.strerror}; run again to make sure of the last answers"
-            ) from None
         finally:
             os.close(self._fd)
 
@@ -113,7 +114,7 @@ def gather_lines(sources: Sequence[Path], target: Path) -> tuple[set[str], int, 
                 data = stack.enter_context(mmap.mmap(file.fileno(), spans[-1][1], access=mmap.ACCESS_READ))
                 view = stack.enter_context(memoryview(data))
                 parts += [stack.enter_context(view[start:end]) for start, end in spans]
-        return done, num_bad, publish(target, parts, mode=0o644)
+        return done, num_bad, publish(target, parts, mode=mode_for(target))
 
 
 def _complete_spans(lines: Iterable[bytes], done: set[str]) -> tuple[list[tuple[int, int]], int]:
@@ -154,35 +155,10 @@ def request_ids_in(path: Path) -> dict[str, str]:
     return found
 
 
-class RunLock:
-    """Keeps a second process out of a run directory. Where the filesystem has no locks, it says so and lets pass."""
-
-    def __init__(self, directory: Path, kind: int = fcntl.LOCK_EX) -> None:
-        """Raises `CannotWriteError` if another process holds the directory; those that `LOCK_SH` it hold it together."""
-        path = directory / ".lock"
-        try:
-            self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
-        except OSError as error:
-            raise CannotWriteError(f"{path}: {error.strerror}") from None
-        try:
-            fcntl.flock(self._fd, kind | fcntl.LOCK_NB)
-        except BlockingIOError:
-            os.close(self._fd)
-            raise CannotWriteError(f"{directory}: another process is running there") from None
-        except OSError as error:
-            _log.warning(
-                "%s: no file locks here (%s); start no second run in this directory", directory, error.strerror
-            )
-
-    def release(self) -> None:
-        """Let others in."""
-        os.close(self._fd)
-
-
 def write_file(path: Path, text: str) -> None:
     """Put a whole file in place; raises `CannotWriteError`."""
     try:
-        publish(path, [text.encode()], mode=0o644)
+        publish(path, [text.encode()], mode=mode_for(path))
     except OSError as error:
         raise CannotWriteError(f"{path}: {error.strerror}") from None
 

@@ -21,7 +21,7 @@ import msgspec
 
 from hpckv.errors import CannotWriteError
 from hpckv.schema import Config
-from hpckv.store.durable import publish
+from hpckv.store.durable import mode_for, publish
 from hpckv.workload.output import ids_in
 from hpckv.workload.starts import job_of_this_process
 
@@ -317,7 +317,7 @@ class WorkQueue:
     def _link(self, path: Path, content: bytes, *, is_durable: bool = False) -> bool:
         """Whether this was the first to write it."""
         try:
-            publish(path, [content], mode=0o644, replace=False, is_durable=is_durable)
+            publish(path, [content], mode=mode_for(path), replace=False, is_durable=is_durable)
         except FileExistsError:
             return False
         except FileNotFoundError:  # the round is over, its folders are gone
@@ -328,7 +328,7 @@ class WorkQueue:
 
     def _put(self, path: Path, content: bytes, *, is_durable: bool = False) -> None:
         try:
-            publish(path, [content], mode=0o644, is_durable=is_durable)
+            publish(path, [content], mode=mode_for(path), is_durable=is_durable)
         except OSError as error:
             raise CannotWriteError(f"{path}: {error.strerror}") from None
 

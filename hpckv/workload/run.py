@@ -31,7 +31,7 @@ from hpckv.workload.forecast import forecast
 from hpckv.workload.job_comment import NOTHING_LEFT, comment, leave_comment
 from hpckv.workload.lines import BatchInput, BatchLine, read_batch
 from hpckv.workload.outlook import decoding_of, seconds_of
-from hpckv.workload.output import OutputFile, RunLock, write_file
+from hpckv.workload.output import OutputFile, write_file
 from hpckv.workload.plan import RunPlan, most_tokens_in_use, plan_run
 from hpckv.workload.prepare import (
     RunOptions,
@@ -45,6 +45,7 @@ from hpckv.workload.progress import RunProgress
 from hpckv.workload.provenance import provenance
 from hpckv.workload.queue import open_parts
 from hpckv.workload.routing import cut_subtrees
+from hpckv.workload.run_lock import RunLock
 from hpckv.workload.runfile import RunConfig
 from hpckv.workload.starting import Starting
 from hpckv.workload.starts import note_start

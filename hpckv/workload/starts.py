@@ -9,6 +9,8 @@ from pathlib import Path
 
 import msgspec
 
+from hpckv.errors import CannotWriteError
+
 
 class Start(msgspec.Struct):
     """One start."""
@@ -33,12 +35,19 @@ def job_of_this_process() -> tuple[str | None, int]:
 
 
 def note_start(directory: Path, requests: int, worker: str = "") -> None:
-    """Add this process; raises `OSError`. A `worker` among several has a file of its own: appending is not safe between nodes."""
+    """Add this process; raises `CannotWriteError`.
+
+    A `worker` among several has a file of its own: appending is not safe between nodes.
+    """
     job, restart = job_of_this_process()
     start = Start(time.time(), platform.node(), os.getpid(), requests, job, restart)
     name = f"starts-{worker}.jsonl" if worker else "starts.jsonl"
-    with (directory / "logs" / name).open("ab") as file:
-        file.write(msgspec.json.encode(start) + b"\n")
+    path = directory / "logs" / name
+    try:
+        with path.open("ab") as file:
+            file.write(msgspec.json.encode(start) + b"\n")
+    except OSError as error:
+        raise CannotWriteError(f"{path}: {error.strerror}") from None
 
 
 def read_starts(directory: Path) -> list[Start]:

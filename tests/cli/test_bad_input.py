@@ -237,6 +237,25 @@ def test_an_overflow_is_an_error_and_never_an_answer(model, tmp_path):
 
 
 @pytest.mark.root
+@pytest.mark.parametrize("more", [[], ["--join"]])
+def test_a_filesystem_without_room_for_another_file(tmp_path, model, more):
+    out = tmp_path / "out"
+    out.mkdir()
+    run_file = write_run(tmp_path, model, chat_lines(2))
+    for count in (4, 6, 7, 9, 12, 16, 32):
+        subprocess.run(["mount", "-t", "tmpfs", "-o", f"size=1m,nr_inodes={count}", "small", out], check=True)
+        try:
+            done = hpckv("run", run_file, *more)
+            if done.returncode == 0:
+                break
+            fails(done, 73, str(out), "No space left on device")
+        finally:
+            subprocess.run(["umount", out], check=True)
+    else:
+        pytest.fail("no number of files is enough")
+
+
+@pytest.mark.root
 @pytest.mark.parametrize(
     "verb",
     [

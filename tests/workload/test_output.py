@@ -7,7 +7,8 @@ import pytest
 
 from hpckv.errors import CannotWriteError
 from hpckv.store.durable import publish
-from hpckv.workload.output import OutputFile, RunLock
+from hpckv.workload.output import OutputFile, write_file
+from hpckv.workload.run_lock import RunLock
 
 
 def record(custom_id):
@@ -119,7 +120,44 @@ def _with_a_name(found):
 
 def test_a_run_directory_takes_one_process_at_a_time(tmp_path):
     lock = RunLock(tmp_path)
-    with pytest.raises(CannotWriteError, match="another process"):
+    with pytest.raises(
+        CannotWriteError, match=rf"process {os.getpid()} on .* is running there; wait for it, or end it"
+    ):
         RunLock(tmp_path)
     lock.release()
     RunLock(tmp_path).release()
+
+
+def test_a_job_that_was_requeued_passes_by_its_own_earlier_start_and_nobody_else(tmp_path, monkeypatch):
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    lost = RunLock(tmp_path)  # its node is, to Slurm
+    with pytest.raises(CannotWriteError, match="job 7 is running there"):
+        RunLock(tmp_path)
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    second = RunLock(tmp_path)
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "2")
+    RunLock(tmp_path).release()
+    monkeypatch.setenv("SLURM_JOB_ID", "8")
+    with pytest.raises(CannotWriteError, match="job 7 is running there"):
+        RunLock(tmp_path)
+    lost.release()
+    second.release()
+    RunLock(tmp_path).release()
+
+
+@pytest.mark.parametrize("mode", [0o600, 0o660])
+def test_files_of_a_run_keep_their_modes_and_get_those_that_the_user_wants(tmp_path, mode):
+    path = tmp_path / "output.jsonl"
+    for _ in range(2):
+        before = os.umask(0o777 & ~mode)
+        try:
+            output = OutputFile(path)
+            output.append(record(str(len(output.done))))
+            output.close()
+            write_file(tmp_path / "summary.json", "{}")
+        finally:
+            os.umask(before)
+        assert {p.name: oct(p.stat().st_mode & 0o777) for p in tmp_path.glob("*.json*")} == {
+            "output.jsonl": oct(mode),
+            "summary.json": oct(mode),
+        }
