@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from hpckv.cli.show import print_facts
+from hpckv.errors import SlurmError
 from hpckv.launch.local_jobs import local_jobs
 from hpckv.launch.slurm_jobs import cancel as cancel_job
 from hpckv.launch.status import RunStatus, read_status
@@ -53,9 +54,11 @@ def cancel(directory: Directory) -> None:
         by_hand = "; it was started by hand, so end it there" if found.state == "running" else ""
         typer.echo(f"{directory}: no job of this run is running or waiting{by_hand}")
     here = {job.name: job for job in local_jobs(directory)}
-    for job in jobs:
-        trouble = here[job].cancel() if job in here else cancel_job(job)
+    troubles = {job: here[job].cancel() if job in here else cancel_job(job) for job in jobs}
+    for job, trouble in troubles.items():
         typer.echo(f"{job}: {trouble or 'cancelled'}")
+    if any(troubles.values()):
+        raise typer.Exit(SlurmError.exit_code)
 
 
 def _facts(found: RunStatus) -> dict[str, object]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import shutil
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 _log = logging.getLogger(__name__)
@@ -35,30 +35,40 @@ class JobState:
 def job_states(jobs: Sequence[str]) -> list[JobState]:
     """In the order given. Asks Slurm once, each way, for all jobs; where sites close `sacct` the others have the living ones.
 
-    Of those the controller's word counts: the accounting database hears of a start later.
+    Of those the controller's word counts: the accounting database hears of a start later. An array is its tasks, and those that
+    wait together are one, `7_[4-9]`.
     """
     found = {state.job: state for state in _sacct(jobs)}
     if living := [job for job in jobs if job not in found or found[job].is_open]:
+        # Tasks that waited together may have begun by now.
+        found = {name: state for name, state in found.items() if "[" not in name}
         found |= {state.job: state for state in _squeue(living)}
-    if missing := [job for job in jobs if job not in found]:
+    if missing := [job for job in jobs if not _tasks(job, found)]:
         found |= {state.job: state for state in _scontrol(missing)}
-    return [found.get(job, JobState(job, "UNKNOWN")) for job in jobs]
+    named = [name for job in jobs for name in _tasks(job, found) or [job]]
+    return [found.get(name, JobState(name, "UNKNOWN")) for name in dict.fromkeys(named)]
+
+
+def _tasks(job: str, found: Iterable[str]) -> list[str]:
+    """What was found of a job: itself, or an array's tasks."""
+    return [name for name in found if name == job or name.startswith(f"{job}_")]
 
 
 def cancel(job: str) -> str:
-    """Ask Slurm to end a job; what it said against it."""
-    done = _run(["scancel", job])
+    """Ask Slurm to end a job, or an array one of whose waiting tasks it is; what it said against it."""
+    done = _run(["scancel", job.partition("_[")[0]])
     return "scancel is not here" if done is None else done.stderr.strip()
 
 
 def _sacct(jobs: Sequence[str]) -> list[JobState]:
     columns = "JobID,State,Elapsed,ExitCode,NodeList"
     rows = _rows(["sacct", "-n", "-X", "-P", "-j", ",".join(jobs), "-o", columns], 5)
-    return [JobState(job, state, elapsed, code, nodes) for job, state, elapsed, code, nodes in rows if job in jobs]
+    asked = tuple(f"{job}_" for job in jobs)
+    return [JobState(row[0], *row[1:]) for row in rows if row[0] in jobs or row[0].startswith(asked)]
 
 
 def _squeue(jobs: Sequence[str]) -> list[JobState]:
-    rows = _rows(["squeue", "-h", "-a", "-j", ",".join(jobs), "-t", "all", "-o", "%A|%T|%M|%R"], 4)
+    rows = _rows(["squeue", "-h", "-a", "-j", ",".join(jobs), "-t", "all", "-o", "%i|%T|%M|%R"], 4)
     return [JobState(job, state, elapsed, "", reason) for job, state, elapsed, reason in rows]
 
 

@@ -104,10 +104,8 @@ def read_status(directory: Path) -> RunStatus:
 
 
 def _jobs(starts: Sequence[Start], submitted: Sequence[str]) -> list[str]:
-    """Those that began, and those that were submitted and have not; an array's tasks stand for it."""
-    begun = list(dict.fromkeys(start.job for start in starts if start.job))
-    arrays = {job.partition("_")[0] for job in begun}
-    return begun + [job for job in submitted if job not in begun and job not in arrays]
+    """Those that began, and those that were submitted: of an array also tasks that have not begun."""
+    return list(dict.fromkeys([*(start.job for start in starts if start.job), *submitted]))
 
 
 def _state(status: RunStatus, starts: Sequence[Start]) -> str:

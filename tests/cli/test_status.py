@@ -1,6 +1,7 @@
 """Where a run stands, from its directory alone; with Slurm, tests/cluster has the same."""
 
 import json
+import os
 import subprocess
 import sys
 import time
@@ -68,3 +69,32 @@ def test_torn_lines_are_left_out(tmp_path):
     (tmp_path / "output.jsonl").write_text(line + "\n" + line[:40])
     found = status(tmp_path)
     assert (found["state"], found["answered"], found["left"], found["hit_percent"]) == ("stopped", 1, 2, 80.0)
+
+
+def test_tasks_of_an_array_that_wait_are_seen_and_cancelled(tmp_path):
+    (tmp_path / "logs").mkdir()
+    start = {"time": 1.0, "host": "elsewhere", "pid": 1, "requests": 3, "job": "7_0"}
+    (tmp_path / "logs" / "starts.jsonl").write_text(json.dumps(start) + "\n")
+    (tmp_path / "submit" / "one").mkdir(parents=True)
+    (tmp_path / "submit" / "one" / "jobs").write_text("7\n")
+    tools = tmp_path / "bin"
+    tools.mkdir()
+    answers = {
+        "sacct": "7_0|COMPLETED|00:01:00|0:0|n1\n7_[1-5%2]|PENDING|00:00:00|0:0|None assigned",
+        "squeue": "7_1|RUNNING|0:05|n2\n7_[2-5%2]|PENDING|0:00|(JobArrayTaskLimit)",
+    }
+    for name, text in answers.items():
+        (tools / name).write_text(f"#!/bin/sh\necho '{text}'\n")
+    (tools / "scancel").write_text(f'#!/bin/sh\necho "$@" >>{tmp_path}/cancelled\n[ "$1" != 7 ] || echo busy >&2\n')
+    for path in tools.iterdir():
+        path.chmod(0o755)
+    environ = {**os.environ, "PATH": f"{tools}:{os.environ['PATH']}"}
+    shown = json.loads(hpckv("status", tmp_path, "--json", env=environ).stdout)
+    jobs = [(job["job"], job["state"]) for job in shown["jobs"]]
+    assert (shown["state"], jobs) == (
+        "running",
+        [("7_0", "COMPLETED"), ("7_1", "RUNNING"), ("7_[2-5%2]", "PENDING")],
+    )
+    done = hpckv("cancel", tmp_path, env=environ)
+    assert (done.returncode, done.stdout) == (69, "7_1: cancelled\n7_[2-5%2]: busy\n")
+    assert (tmp_path / "cancelled").read_text().split() == ["7_1", "7"]
