@@ -54,7 +54,7 @@ class EngineMeter:
             self._energy = self._make_energy_meter()
             file = LedgerFile(folder, self._pattern(project), make, now=self._began_at)
             self._meter = Meter(file, self.sample, patience_s=self._patience_s)
-            if self._run:
+            if self._run and not self._meter.is_broken:
                 _note_ledger(self._run, file.path)
 
     def close(self) -> None:
@@ -169,6 +169,8 @@ def _note_ledger(run: Path, path: Path) -> None:
     try:
         folder = run / "logs" / "ledgers"
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / path.stem).write_text(f"{path.resolve()}\n")
+        where, home = path.resolve(), run.resolve()
+        # One in the run directory is moved with it.
+        (folder / path.stem).write_text(f"{where.relative_to(home) if where.is_relative_to(home) else where}\n")
     except OSError as error:
         warn_once(_log, f"{run}: {error.strerror}; should this start be killed, its last minute is not accounted for")

@@ -27,20 +27,30 @@ class Served(msgspec.Struct):
     cached: dict[str, int] = {}
     computed_tokens: int = 0
     output_tokens: int = 0
+    until: float = 0.0
+    """When the last answer was written, seconds since 1970."""
 
 
-def record_afterwards(ledgers: Iterable[Path], served: Served, until: float) -> Path | None:
+def record_afterwards(ledgers: Iterable[Path], served: Served) -> Path | None:
     """Write what `served` has more than all `ledgers` of this user say; where, or None if there is nothing to add.
 
     `ledgers` are a run's files, one path for each writer; all of its writers are dead. The record goes to the one that wrote
-    last and ends at `until`, when the last answer was written. Raises `OSError`.
+    last and ends with the last answer. Where a part of a ledger is gone nothing is written: it would count twice what that part
+    had. Raises `OSError`.
     """
-    found = Gathered()
+    found, ledgers = Gathered(), list(ledgers)
     for ledger in ledgers:
-        for path in sorted(ledger.parent.parent.glob(f"*/{ledger.stem}*.jsonl")):
+        paths = sorted(ledger.parent.parent.glob(f"*/{ledger.stem}*.jsonl"))
+        for path in paths:
             read_file(LedgerPath(path, os.getuid()), found)
+        if not paths:
+            _log.warning("%s: not there any more; what this run had not recorded is not accounted for", ledger)
+            return None
     records = list({(r.writer, r.seq): r for r, _, _ in sorted(found.records, key=lambda one: not one[2])}.values())
     if not records:
+        return None
+    if gone := _writer_with_a_gap(records):
+        _log.warning("%s: a part of its ledger is gone; what this run had not recorded is not accounted for", gone)
         return None
     known = reduce(add, (as_counters(record) for record in records))
     missing = Counters(
@@ -51,7 +61,7 @@ def record_afterwards(ledgers: Iterable[Path], served: Served, until: float) -> 
         output_tokens=served.output_tokens - known.output_tokens,
     )
     last = max(records, key=lambda record: (record.t1, record.seq))
-    t1 = max(last.t1, until)
+    t1 = max(last.t1, served.until)
     if missing.requests <= 0 or last.seq + 1 in {r.seq for r in records if r.writer == last.writer}:
         return None
     missing.cached = {tier: count for tier, count in missing.cached.items() if count}
@@ -68,6 +78,14 @@ def record_afterwards(ledgers: Iterable[Path], served: Served, until: float) -> 
     publish(path, [encode(record)], mode=0o440, replace=False)
     _log.info("ledger: %d answers that had not been recorded", missing.requests)
     return path
+
+
+def _writer_with_a_gap(records: Iterable[Record]) -> str:
+    """The first of whose records some before the last are missing; empty if there is none."""
+    numbers: dict[str, set[int]] = {}
+    for record in records:
+        numbers.setdefault(record.writer, set()).add(record.seq)
+    return next((writer for writer, seqs in numbers.items() if len(seqs) <= max(seqs)), "")
 
 
 def as_counters(record: Record) -> Counters:

@@ -34,7 +34,8 @@ class Meter:
         self._patience_s = patience_s
         self._file, self._sample, self._interval_s = file, sample, interval_s
         self._written = Counters()
-        self._is_broken = False
+        self.is_broken = False
+        """It has stopped writing; from the start, if nothing was written."""
         self._lock = threading.Lock()
         self._ended = threading.Event()
         self._patiently(self._write)
@@ -45,7 +46,7 @@ class Meter:
         if not self._ended.is_set():
             self._ended.set()
             self._patiently(self._write)
-            if not self._is_broken:  # else even closing it may hang
+            if not self.is_broken:  # else even closing it may hang
                 self._patiently(self._file.close)
 
     def _run(self) -> None:
@@ -53,7 +54,7 @@ class Meter:
             self._write()
 
     def _patiently(self, work: Callable[[], None]) -> None:
-        if self._is_broken:
+        if self.is_broken:
             return
         try:
             within(self._patience_s, work)
@@ -62,7 +63,7 @@ class Meter:
 
     def _write(self) -> None:
         with self._lock:
-            if self._is_broken:
+            if self.is_broken:
                 return
             now = self._sample()
             try:
@@ -73,7 +74,7 @@ class Meter:
                 self._written = now
 
     def _give_up(self, error: OSError) -> None:
-        self._is_broken = True
+        self.is_broken = True
         warn_once(
             _log, f"ledger {self._file.path}: {error.strerror}; what this run does from now on is not accounted for"
         )

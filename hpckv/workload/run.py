@@ -95,12 +95,11 @@ def _run_locked(
     if open_parts(directory):
         raise ConfigError(f"{directory}: jobs have joined this run and not finished it; run it with --join")
     path = directory / "output.jsonl"
-    last_answer = path.stat().st_mtime if path.exists() else 0.0
     output = OutputFile(path)
     if output.done:
         _refuse_another_run(directory, config)
         refuse_changed_requests(batch.lines, path, config.input)
-        account_for_earlier_starts(directory, last_answer)
+        account_for_earlier_starts(directory)
     note_start(directory, len(batch.lines) + len(batch.bad))
     write_file(directory / "config.yaml", yaml.safe_dump(to_plain(config), sort_keys=False))
     errors = [bad_line_record(bad) for bad in batch.bad]

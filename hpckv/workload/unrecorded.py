@@ -21,6 +21,7 @@ class _Usage(msgspec.Struct):
 
 class _Body(msgspec.Struct):
     usage: _Usage
+    created: int
 
 
 class _Response(msgspec.Struct):
@@ -31,12 +32,12 @@ class _Line(msgspec.Struct):
     response: _Response
 
 
-def account_for_earlier_starts(directory: Path, until: float) -> None:
-    """Record what earlier starts of this run answered until then and did not come to record. Trouble with it is only said."""
+def account_for_earlier_starts(directory: Path) -> None:
+    """Record what earlier starts of this run answered and did not come to record. Trouble with it is only said."""
     try:
-        ledgers = [Path(path.read_text().strip()) for path in (directory / "logs" / "ledgers").glob("*")]
+        ledgers = [directory / path.read_text().strip() for path in (directory / "logs" / "ledgers").glob("*")]
         if ledgers:
-            record_afterwards(ledgers, _served_in(directory / "output.jsonl"), until)
+            record_afterwards(ledgers, _served_in(directory / "output.jsonl"))
     except (OSError, ValueError) as error:
         _log.warning("%s: the ledger may lack the last minute of an earlier start: %s", directory, error)
 
@@ -46,8 +47,10 @@ def _served_in(output: Path) -> Served:
     decode = msgspec.json.Decoder(_Line).decode
     with output.open("rb") as file:
         for line in file:
-            usage = decode(line).response.body.usage
+            body = decode(line).response.body
+            usage = body.usage
             found.requests += 1
+            found.until = max(found.until, float(body.created))
             found.prompt_tokens += usage.prompt_tokens
             found.output_tokens += usage.completion_tokens
             parts.update(usage.hpckv)

@@ -4,6 +4,7 @@ import csv
 import io
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -163,18 +164,50 @@ def test_a_run_without_a_store_keeps_its_ledger_itself(tmp_path, model):
     assert total("--run", tmp_path / "out") == served(tmp_path)
 
 
+def kill_after(run_file, count: int, *more: str) -> None:
+    """Start a run, and end it without a word when it has so many answers."""
+    command = [sys.executable, "-m", "hpckv.cli.main", "run", str(run_file), *more]
+    output, end = run_file.parent / "out" / "output.jsonl", time.monotonic() + 120
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as job:
+        while (output.read_bytes().count(b"\n") if output.exists() else 0) < count and job.poll() is None:
+            assert time.monotonic() < end
+            time.sleep(0.01)
+        job.send_signal(signal.SIGKILL)
+
+
+def test_what_a_killed_run_had_done_counts_once_wherever_its_files_are_by_now(tmp_path, model):
+    sampling = {"max_tokens": 24, "ignore_eos": True}
+    run_file = write_run(tmp_path, model, chat_lines(40), sampling=sampling, engine={"max_requests": 2})
+    kill_after(run_file, 8)
+    moved = tmp_path / "elsewhere" / "out"
+    moved.parent.mkdir()
+    (tmp_path / "out").rename(moved)
+    os.utime(moved / "output.jsonl", (time.time() + 9e5, time.time() + 9e5))  # no answer came then
+    last = hpckv("run", run_file, "--output", moved)
+    assert "that had not been recorded" in last.stderr
+    assert total("--run", moved) == served(moved.parent)
+    shown = json.loads(hpckv("acct", "--run", moved, "--json", "-o", "GPUTime,Elapsed").stdout)["total"]
+    assert shown["GPUTime"] <= 3600
+
+
+def test_where_a_ledger_is_gone_nothing_is_counted_twice(tmp_path, model):
+    sampling = {"max_tokens": 24, "ignore_eos": True}
+    run_file = write_run(tmp_path, model, chat_lines(40), sampling=sampling, engine={"max_requests": 2})
+    kill_after(run_file, 8)
+    shutil.rmtree(tmp_path / "out" / "ledger")
+    before = len((tmp_path / "out" / "output.jsonl").read_bytes().splitlines())
+    last = hpckv("run", run_file)
+    assert (last.returncode, "not there any more" in last.stderr) == (0, True)
+    (row,) = json.loads(hpckv("acct", "--run", tmp_path / "out", "--json", "-o", "Requests").stdout)["rows"]
+    assert 40 - before - 1 <= row["Requests"] <= 40 - before + 1
+
+
 def test_no_token_is_lost_with_a_run_that_is_killed(tmp_path, model):
     sampling = {"max_tokens": 24, "ignore_eos": True}
     store = {"shared": str(tmp_path / "kv"), "write": "all"}
     run_file = write_run(tmp_path, model, chat_lines(40), store=store, sampling=sampling, engine={"max_requests": 2})
     for count in (4, 12):
-        command = [sys.executable, "-m", "hpckv.cli.main", "run", str(run_file)]
-        with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as job:
-            output, end = tmp_path / "out" / "output.jsonl", time.monotonic() + 120
-            while (output.read_bytes().count(b"\n") if output.exists() else 0) < count and job.poll() is None:
-                assert time.monotonic() < end
-                time.sleep(0.01)
-            job.send_signal(signal.SIGKILL)
+        kill_after(run_file, count)
     last = hpckv("run", run_file)
     assert last.returncode == 0, last.stderr
     assert "that had not been recorded" in last.stderr
