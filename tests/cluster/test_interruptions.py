@@ -59,6 +59,33 @@ def test_a_full_filesystem_ends_the_job_with_a_word_and_the_next_start_completes
     assert texts(tmp_path) == wanted
 
 
+def test_a_job_whose_node_is_lost_goes_on_elsewhere_although_the_node_still_writes(
+    cluster: Slurm, tmp_path, checkpoint
+):
+    run_file = long_run(tmp_path, checkpoint, output_tokens=1200)
+    job = sbatch(cluster, tmp_path, "preemptible.sh", run_file, flags=NO_GPU, HPCKV_RUN_DIR=str(tmp_path / "out"))
+    before = interrupt(cluster, tmp_path, job, "true")
+    node = cluster.run("squeue", "-h", "-j", job, "-o", "%N").stdout.strip()
+    cluster.set_link(node, up=False)
+    try:
+        # Else Slurm takes a minute to find it out. Nobody can reach the node, so the worker there goes on.
+        assert cluster.run("scontrol", "update", f"nodename={node}", "state=down", "reason=lost").returncode == 0
+        end = time.monotonic() + 180
+        while "is lost to Slurm and not dead; this start takes over" not in logs(tmp_path):
+            assert time.monotonic() < end, logs(tmp_path)
+            time.sleep(0.2)
+        while "another start of this run has taken over; this one ends" not in logs(tmp_path):
+            assert time.monotonic() < end, logs(tmp_path)
+            time.sleep(0.2)
+        assert wait_for(cluster, job, 300) == ("COMPLETED", "0:0"), logs(tmp_path)
+    finally:
+        cluster.set_link(node, up=True)
+        cluster.run("scontrol", "update", f"nodename={node}", "state=resume")
+    cluster.wait_until_idle(120)
+    assert hpckv("run", run_file, "--output", tmp_path / "alone", "--set", "engine.max_requests=64").returncode == 0
+    check(tmp_path, before, texts(tmp_path, "alone"))
+
+
 def kill_workers(run_file: Path) -> None:
     """As the kernel does when memory is short: without a word."""
     found = subprocess.run(["pgrep", "-f", f"hpckv.*run {run_file}"], capture_output=True, text=True, check=False)
