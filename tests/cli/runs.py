@@ -6,10 +6,10 @@ import sys
 from pathlib import Path
 
 
-def hpckv(*arguments, **options) -> subprocess.CompletedProcess:
+def hpckv(*arguments, timeout: float = 300, **options) -> subprocess.CompletedProcess:
     """Run `hpckv ARGUMENTS` to its end."""
     command = [sys.executable, "-m", "hpckv.cli.main", *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=300, **options)
+    return subprocess.run(command, capture_output=True, text=True, timeout=timeout, **options)
 
 
 def write_run(folder: Path, model: Path, lines: list[dict] | bytes, **sections) -> Path:

@@ -149,5 +149,6 @@ def test_200_interruptions_of_every_kind(cluster: Slurm, tmp_path, checkpoint):
         time.sleep(0.5)
     assert wait_for(cluster, job, 1200) == ("COMPLETED", "0:0")
     assert sum(done.values()) == 200, done
-    assert hpckv("run", run_file, "--output", tmp_path / "alone", "--set", "engine.max_requests=64").returncode == 0
+    alone = ("--output", tmp_path / "alone", "--set", "engine.max_requests=64")
+    assert hpckv("run", run_file, *alone, timeout=3600).returncode == 0
     assert texts(tmp_path) == texts(tmp_path, "alone")
