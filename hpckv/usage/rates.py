@@ -35,7 +35,7 @@ class Rates(Config, frozen=True):
     decode_attended_tokens_per_s: float | None = None
     """Pairs a second of a token of an answer and one before it: contexts, which decode steps read again and again."""
     start_s: float = 0.0
-    """From the start of the process until the weights are loaded."""
+    """From the start of the process until the weights are loaded; in a ledger from when it makes its engine."""
     load_bytes_per_s: float | None = None
     """At which stored blocks arrive at one rank."""
     date: str | None = None
@@ -68,7 +68,7 @@ def read_rates(site: Path | None) -> list[Rates]:
 
 def ledger_rates(store: Path, model: str, now: float | None = None) -> list[Rates]:
     """What runs of this model over this store reached in the last `LEDGER_DAYS`, one for each kind of GPU and size of replica."""
-    from hpckv.usage.columns import COLUMNS
+    from hpckv.usage.columns import COLUMNS, Column
     from hpckv.usage.gather import gather
     from hpckv.usage.points import PointsConfig
     from hpckv.usage.query import Accounts, Question
@@ -77,17 +77,20 @@ def ledger_rates(store: Path, model: str, now: float | None = None) -> list[Rate
     start = end - LEDGER_DAYS * 86400
     found = gather([store], [], start, end)
     names = ("gpu", "ngpus", "computed", "prefill", "outtok", "decode")
-    asked = Question(start, end + 1, group="replica", columns=[COLUMNS[name] for name in names], models=[model])
+    loading = "median(t1 - t0) FILTER (seq = 0)"
+    start_s = Column("Start_s", "elapsed", loading, "of a writer's first record, which ends when its model is loaded")
+    asked = Question(start, end + 1, group="replica", columns=[*(COLUMNS[n] for n in names), start_s], models=[model])
     return list(_rates(Accounts(found, PointsConfig(), str).ask(asked).rows, model))
 
 
 def _rates(rows: Sequence[Sequence[object]], model: str) -> list[Rates]:
     rates = []
-    for gpu, num_gpus, computed, prefill_s, output, decode_s in rows:
+    for gpu, num_gpus, computed, prefill_s, output, decode_s, start_s in rows:
         assert isinstance(computed, int)
         assert isinstance(output, int)
         assert isinstance(prefill_s, float)
         assert isinstance(decode_s, float)
+        assert isinstance(start_s, float | None)
         if min(computed, output) >= _LEAST_TOKENS and min(prefill_s, decode_s) > 0:
             rates.append(
                 Rates(
@@ -96,6 +99,7 @@ def _rates(rows: Sequence[Sequence[object]], model: str) -> list[Rates]:
                     num_gpus=int(str(num_gpus)),
                     prefill_tokens_per_s=computed / prefill_s,
                     decode_tokens_per_s=output / decode_s,
+                    start_s=start_s or 0.0,
                 )
             )
     return rates

@@ -37,6 +37,10 @@ _REACHED = 0.4
 """Of a data sheet's matrix products, by prefill; and of the memory a model leaves, by pages."""
 _LAYER_S = 0.0007
 """That a layer adds to a decode step, whatever its size: starting its kernels."""
+_PROCESS_S = 15.0
+"""Until a process makes its engine: the container, Python, its libraries, and meeting the other ranks."""
+_READ_BYTES_PER_S = 1e9
+"""At which each rank reads its part of the weights, all at the same time."""
 _SCALING = 0.8
 """What a second GPU adds to a replica, where that was not measured."""
 _SPARE = 1.3
@@ -240,6 +244,7 @@ def _estimated(gpu: GpuClass, model: ModelConfig, ranks: int) -> Rates:
     prefill = _REACHED * gpu.tflops * 1e12 * ranks / (2 * model.num_parameters)
     bandwidth = gpu.bandwidth_gb_s * 1e9 * ranks
     weights_s = 2 * model.num_parameters / bandwidth
+    stored_bytes = model.num_parameters * DTYPES.get(model.stored_dtype, DTYPES["float32"])
     return Rates(
         gpu=gpu.name,
         prefill_tokens_per_s=prefill,
@@ -247,6 +252,7 @@ def _estimated(gpu: GpuClass, model: ModelConfig, ranks: int) -> Rates:
         num_gpus=ranks,
         decode_step_s=weights_s + _LAYER_S * model.num_layers,
         decode_attended_tokens_per_s=_REACHED * bandwidth / (2 * model.kv_values_per_token),
+        start_s=_PROCESS_S + stored_bytes / ranks / _READ_BYTES_PER_S,
     )
 
 

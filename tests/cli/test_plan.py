@@ -99,16 +99,34 @@ def test_rates_of_earlier_runs_are_used_and_said(run_file, tmp_path):
     assert found["gpus"][2]["cached"]["shared"] > 0
 
 
-def test_a_kind_of_gpu_without_room_is_said(tmp_path):
+def big_model(folder):
+    """70.6 billion parameters in bfloat16, with no file that has them."""
     config = {
         "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": 8192, "intermediate_size": 28672,
         "num_hidden_layers": 80, "num_attention_heads": 64, "num_key_value_heads": 8, "vocab_size": 128256,
         "max_position_embeddings": 8192, "rms_norm_eps": 1e-5, "torch_dtype": "bfloat16", "head_dim": 128,
     }  # fmt: skip
-    (tmp_path / "big").mkdir()
-    (tmp_path / "big" / "config.json").write_text(json.dumps(config))
-    lines = [{"custom_id": "a", "url": "/v1/completions", "body": {"prompt": [1, 2, 3]}}]
-    run_file = write_run(tmp_path, tmp_path / "big", lines)
+    (folder / "big").mkdir()
+    (folder / "big" / "config.json").write_text(json.dumps(config))
+    return folder / "big"
+
+
+ONE_LINE = [{"custom_id": "a", "url": "/v1/completions", "body": {"prompt": [1, 2, 3]}}]
+
+
+def test_an_estimate_counts_the_start(tmp_path):
+    run_file = write_run(tmp_path, big_model(tmp_path), ONE_LINE)
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "output.jsonl").write_text('{"custom_id": "a"}\n')  # nothing is left but that
+    for ranks, seconds in ((4, 50.3), (8, 32.6)):
+        found = json.loads(hpckv("plan", run_file, "--gpu", "H200", "--set", f"parallel.tp={ranks}", "--json").stdout)
+        (cost,) = found["gpus"]
+        assert (cost["rates"], cost["num_gpus"]) == ("estimated", ranks)
+        assert cost["seconds"] == pytest.approx(seconds, abs=0.1)  # 15 s, and 141.1 GB / ranks at 1 GB/s
+
+
+def test_a_kind_of_gpu_without_room_is_said(tmp_path):
+    run_file = write_run(tmp_path, big_model(tmp_path), ONE_LINE)
     done = hpckv("plan", run_file)
     assert done.returncode == 78, done.stderr
     assert "H100 80GB: 169 GB for the model do not fit 80 GB; raise parallel.tp or parallel.pp" in done.stdout
