@@ -38,7 +38,7 @@ def plan(
     ] = None,
     gpu: Annotated[
         list[str] | None,
-        typer.Option("--gpu", metavar="NAME", help="This kind only, such as A100; those of site file and ledger else."),
+        typer.Option("--gpu", metavar="NAME", help="This kind only, such as A100; else those that slurm: asks for."),
     ] = None,
     output_tokens: Annotated[
         int | None,
@@ -56,6 +56,9 @@ def plan(
     Rates are the site file's `rates:`, else those of earlier runs of the model over this store (ledger), else an estimate from
     data sheets, which is marked so and may be off by a factor of three.
 
+    Without --gpu the kinds are those that the run file's slurm.gpus_per_node, slurm.gres or slurm.constraint name; if they name
+    none that is known, those of site file and ledger, else of the data sheets.
+
     Exit codes: 0; 64 wrong flag or setting; 65 bad input line; 66 missing input; 69 model or store unusable;
     77 the run costs more than slurm.max_points; 78 it fits none of these kinds of GPU.
     """
@@ -69,8 +72,9 @@ def plan(
         typer.echo(json.dumps(found.record, indent=2))
     else:
         _print(found, is_expected=output_tokens is not None)
+    if beyond := found.beyond_budget:
+        typer.echo(f"hpckv: {', '.join(beyond)}: more than slurm.max_points: {found.max_points:g}", err=True)
     if found.is_beyond_budget:
-        typer.echo(f"hpckv: more than slurm.max_points: {found.max_points:g}", err=True)
         raise typer.Exit(EXIT_BEYOND_BUDGET)
     raise typer.Exit(EXIT_OK if found.costs else EXIT_DOES_NOT_FIT)
 

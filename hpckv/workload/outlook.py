@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -116,10 +117,16 @@ class Outlook:
     max_points: float | None = None
 
     @property
+    def beyond_budget(self) -> list[str]:
+        """Kinds of GPU that cost more than `slurm.max_points`."""
+        most = math.inf if self.max_points is None else self.max_points
+        return [cost.kind.gpu for cost in self.costs if cost.points is not None and cost.points > most]
+
+    @property
     def is_beyond_budget(self) -> bool:
-        """Whether every kind of GPU that has a price costs more than `slurm.max_points`."""
-        points = [cost.points for cost in self.costs if cost.points is not None]
-        return self.max_points is not None and bool(points) and min(points) > self.max_points
+        """Whether every kind of GPU that has a price is."""
+        beyond = self.beyond_budget
+        return bool(beyond) and len(beyond) == sum(cost.points is not None for cost in self.costs)
 
     @property
     def record(self) -> dict[str, Any]:
@@ -139,7 +146,8 @@ def look_ahead(
     output_tokens: int | None = None,
     stepping: Stepping = iter,
 ) -> Outlook:
-    """Plan what is left of a run. `gpus` are kinds to look at instead of those that site file and ledger know.
+    """Plan what is left of a run. `gpus` are kinds to look at instead of those that the run file asks Slurm for, or, where it names
+    none, that site file and ledger know.
 
     `output_tokens` is how long an answer is expected to be, where `max_tokens` says only the most. `stepping` hears of each line
     that is read. Raises `HpckvError`.
@@ -220,11 +228,12 @@ def _kinds(config: RunConfig, model: ModelConfig, site: Path | None, gpus: Seque
             known["ledger"] = ledger_rates(Path(config.store.shared), name)
         except OSError as error:
             raise AccessError(f"store {config.store.shared}: {error.strerror}") from None
-    wanted = list(gpus)
-    for rates in () if gpus else (*known["site"], *known["ledger"]):
-        if not any(rates.is_of(gpu, name) for gpu in wanted):  # else it is there by another name
-            wanted.append(rates.gpu)
-    for gpu in wanted or [gpu.name for gpu in GPU_CLASSES]:
+    rated: list[str] = []
+    for rates in (*known["site"], *known["ledger"]):
+        if not any(rates.is_of(gpu, name) for gpu in rated):  # else it is there by another name
+            rated.append(rates.gpu)
+    sheets = [gpu.name for gpu in GPU_CLASSES]
+    for gpu in gpus or _asked_for(config.slurm or SlurmConfig(), rated, sheets) or rated or sheets:
         for source, measured in known.items():
             if best := best_rates(measured, gpu, name, ranks):
                 yield Kind(gpu, source, best)
@@ -237,6 +246,17 @@ def _kinds(config: RunConfig, model: ModelConfig, site: Path | None, gpus: Seque
                     "(hpckv bench load measures them)"
                 )
             yield Kind(gpu, "estimated", _estimated(sheet, model, ranks))
+
+
+def _asked_for(slurm: SlurmConfig, rated: Sequence[str], sheets: Sequence[str]) -> list[str]:
+    """Kinds that the run file names to Slurm, each as rates call it, else data sheets; empty if these have none of them."""
+    found: dict[str, None] = {}
+    words = f"{slurm.gpus_per_node} {slurm.gres} {slurm.constraint}"
+    for word in re.findall(r"\b[a-zA-Z][\w-]*", words):  # what begins with a digit is how many, or how much memory
+        # Of two names one may say less than the other: a100, A100 80GB, nvidia_a100-sxm4-80gb.
+        named = ([gpu for gpu in known if is_kind(word, gpu) or is_kind(gpu, word)] for known in (rated, sheets))
+        found |= dict.fromkeys(next(filter(None, named), ()))
+    return list(found)
 
 
 def _estimated(gpu: GpuClass, model: ModelConfig, ranks: int) -> Rates:

@@ -62,8 +62,36 @@ def test_several_gpus_cost_several_times_and_replicas_share_the_work(run_file):
 def test_a_run_beyond_its_budget_is_refused(run_file):
     done = hpckv("plan", run_file, "--set", "slurm.max_points=0.01")
     assert done.returncode == 77
-    assert done.stderr == "hpckv: more than slurm.max_points: 0.01\n"
+    assert done.stderr == "hpckv: A100, H100: more than slurm.max_points: 0.01\n"
     assert "A100" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("setting", "kinds"),
+    [
+        ("gpus_per_node=A100:4", ["A100"]),
+        ("gres=gpu:h100:4", ["H100"]),
+        ("gres=gpu:nvidia_h100_80gb_hbm3:4", ["H100"]),
+        ("constraint=a100&(ib|80gb)", ["A100"]),
+        ('constraint="[v100*2|a100*2]"', ["V100 16GB", "V100 32GB", "A100"]),  # one that nobody measured is estimated
+        ("constraint=h200", ["H200 141GB"]),
+        ("constraint=a10|bigmem", ["A100", "H100"]),  # no kind that is known
+        ("gpus_per_node=4", ["A100", "H100"]),
+    ],
+)
+def test_the_kinds_of_gpu_are_those_that_the_run_file_asks_for(run_file, setting, kinds):
+    found = json.loads(hpckv("plan", run_file, "--set", f"slurm.{setting}", "--json").stdout)
+    assert [cost["gpu"] for cost in found["gpus"]] == kinds
+
+
+def test_the_budget_is_that_of_the_kind_that_the_run_file_asks_for(run_file):
+    limit = ["--set", "slurm.max_points=0.04"]  # between what the two kinds cost
+    both = hpckv("plan", run_file, *limit)
+    assert (both.returncode, both.stderr) == (0, "hpckv: A100: more than slurm.max_points: 0.04\n")
+    asked = hpckv("plan", run_file, *limit, "--set", "slurm.constraint=a100")
+    assert (asked.returncode, asked.stderr) == (77, both.stderr)
+    other = hpckv("plan", run_file, *limit, "--set", "slurm.constraint=a100", "--gpu", "H100")
+    assert (other.returncode, other.stderr) == (0, "")
 
 
 def test_without_prices_by_gpu_a_node_costs_what_the_run_file_says(run_file):
