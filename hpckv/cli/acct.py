@@ -109,8 +109,7 @@ def acct(
     from hpckv.usage.query import Accounts, Question
     from hpckv.usage.timespec import parse_time
 
-    asked = fields or ("" if action else os.environ.get("HPCKV_ACCT_FORMAT"))
-    wanted = _columns(asked or "", _known(action, group))
+    wanted = _wanted(fields or "", action, group)
     is_sum = group != "job" or balance or destination is not None
     is_of_all = (everybody or is_sum) and not user
     question = Question(
@@ -233,16 +232,30 @@ def _roll_up(stores: Sequence[Path], *, as_json: bool) -> None:
         typer.echo("no month is over")
 
 
-def _columns(text: str, known: Mapping[str, Any]) -> list[tuple[Any, int | None]]:
-    """Of -o: columns and their widths; empty if none were asked for."""
+def _wanted(fields: str, action: str, group: str) -> list[tuple[Any, int | None]]:
+    """Columns of -o, else the environment's if all are known in this group, and their widths; empty for the default ones."""
+    from hpckv.usage.columns import COLUMNS, WRITER_COLUMNS
+
+    known = _known(action, group)
+    if fields or action:
+        flags = ["--group-by", group] if known is WRITER_COLUMNS else [action]
+        return _columns("-o", fields, known, " ".join(filter(None, ["hpckv acct -e", *flags])))
+    variable = "HPCKV_ACCT_FORMAT"
+    of_all_groups = {**COLUMNS, **WRITER_COLUMNS, **known}
+    asked = _columns(variable, os.environ.get(variable, ""), of_all_groups, "hpckv acct -e")
+    return asked if all(column in known.values() for column, _ in asked) else []
+
+
+def _columns(source: str, text: str, known: Mapping[str, Any], listing: str) -> list[tuple[Any, int | None]]:
+    """What `text` names; raises `ConfigError` with `source`, where it was said, and the command that lists what is known."""
     found = []
-    for field in filter(None, text.split(",")):
-        matched = _FIELD.fullmatch(field.strip())
-        name, width = (matched["name"], matched["width"]) if matched else (field, None)
-        try:
-            found.append((known[name.lower()], int(width) if width else None))
-        except KeyError:
-            raise ConfigError(f"-o {field.strip()}: no such column; hpckv acct -e lists them") from None
+    for field in filter(None, map(str.strip, text.split(","))):
+        matched = _FIELD.fullmatch(field)
+        name, width = (matched["name"].lower(), matched["width"]) if matched else (field, None)
+        column = known.get(name) or (known.get(f"{name}%") if width else None)  # Hit%10 as well as Hit%%10
+        if column is None:
+            raise ConfigError(f"{source} {field}: no such column; {listing} lists them")
+        found.append((column, int(width) if width else None))
     return found
 
 

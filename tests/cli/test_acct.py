@@ -103,8 +103,25 @@ def test_formats(two_runs):
     assert (
         hpckv("acct", "--store", store, "-P", "-n", "-o", "prompttok", "--units", "k").stdout.split()[0].endswith("K")
     )
+    widths = [hpckv("acct", "--store", store, "-o", field).stdout.splitlines()[1] for field in ("Hit%10", "Hit%%10")]
+    assert widths == ["-" * 10] * 2
     environ = {**os.environ, "HPCKV_ACCT_FORMAT": "requests", "HPCKV_STORE": str(store)}
     assert hpckv("acct", "-P", env=environ).stdout.split() == ["Requests", "12", "12"]
+
+
+def test_the_environment_s_columns_are_taken_where_they_are_known(two_runs):
+    store, _ = two_runs
+
+    def ask(text: str, *arguments):
+        return hpckv("acct", "--store", store, "-P", *arguments, env={**os.environ, "HPCKV_ACCT_FORMAT": text})
+
+    assert ask("Requests,SavedGPU", "--group-by", "writer").stdout.split()[0] == "|".join(columns.WRITER_DEFAULT)
+    assert ask("Writer,SavedGPU%12").stdout.split()[0] == "|".join(columns.DEFAULT)
+    assert ask("SavedGPU,Writer", "--group-by", "pair").stdout.split()[0] == "SavedGPU|Writer"
+    wrong = ask("Requests,Nix")
+    assert wrong.returncode == 64
+    assert wrong.stderr.endswith("HPCKV_ACCT_FORMAT Nix: no such column; hpckv acct -e lists them\n")
+    assert ask("Nix", "-o", "Requests").stdout.split() == ["Requests", "12", "12"]
 
 
 def hpckv_user() -> str:
@@ -123,7 +140,8 @@ def test_every_column_is_defined():
     ("arguments", "code", "what"),
     [
         (["-S", "someday"], 64, "no time as sacct reads it"),
-        (["-o", "Jobid,Nix"], 64, "-o Nix: no such column"),
+        (["-o", "Jobid,Nix"], 64, "-o Nix: no such column; hpckv acct -e lists them"),
+        (["-o", "User", "--group-by", "writer"], 64, "-o User: no such column; hpckv acct -e --group-by writer lists"),
         (["--group-by", "moon"], 64, "--group-by moon: expected one of job, user"),
         (["-u", "no-such-user-here"], 64, "no such user"),
         (["--units", "X"], 64, "--units X: expected one of K, M"),
