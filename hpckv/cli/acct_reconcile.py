@@ -208,6 +208,7 @@ def _say(found: Reconciliation, say: Callable[[str], Any]) -> None:
         "were on other clusters": found.elsewhere,
         "were no jobs of Slurm's": found.without_slurm,
         "have a model or a device whose largest speed is not known": found.unbounded,
+        "used GPUs and have none in sacct: AccountingStorageTRES may lack gres/gpu": found.untracked,
     }
     for what, count in aside.items():
         if count:
@@ -227,6 +228,7 @@ def _print_json(found: Reconciliation) -> None:
             "other_clusters": found.elsewhere,
             "without_slurm": found.without_slurm,
             "speed_unknown": found.unbounded,
+            "gpus_untracked": found.untracked,
         },
     }
     typer.echo(json.dumps(record))

@@ -25,7 +25,7 @@ _FIELDS = (
     *("Start", "End", "ElapsedRaw", "AllocTRES", "ConsumedEnergyRaw", "Restarts", "Comment"),
 )
 _JOB = re.compile(r"\d{1,18}(_\d{1,18})?")
-_GPUS = re.compile(r"(?:^|,)gres/gpu=(\d+)")
+_GPUS = re.compile(r"(?:^|,)gres/gpu(:[^,=]+)?=(\d+)")
 
 
 def starts_between(start: float, end: float, uids: Sequence[int]) -> list[SlurmStart]:
@@ -83,8 +83,7 @@ def _rows(text: str, mark: str, num_fields: int) -> Iterator[list[str]]:
 
 
 def _start(values: dict[str, str]) -> SlurmStart:
-    gpus, energy = _GPUS.search(values["AllocTRES"]), values.get("ConsumedEnergyRaw", "")
-    restarts = values.get("Restarts", "")
+    energy, restarts = values.get("ConsumedEnergyRaw", ""), values.get("Restarts", "")
     return SlurmStart(
         cluster=values["Cluster"],
         job=values["JobIDRaw"],
@@ -99,12 +98,19 @@ def _start(values: dict[str, str]) -> SlurmStart:
         start=_seconds(values["Start"]),
         end=_seconds(values["End"]),
         elapsed_s=int(values["ElapsedRaw"] or 0),
-        gpus=int(gpus[1]) if gpus else 0,
+        gpus=_gpus(values["AllocTRES"]),
         energy_j=float(energy) if energy.isdecimal() and int(energy) else None,
         comment=values.get("Comment", ""),
         restarts=int(restarts) if restarts.isdecimal() else None,
         is_ours=False,
     )
+
+
+def _gpus(tres: str) -> int:
+    """A site may track GPUs together, by kind, or both."""
+    of_kinds = [(kind, int(count)) for kind, count in _GPUS.findall(tres)]
+    together = [count for kind, count in of_kinds if not kind]
+    return together[0] if together else sum(count for _, count in of_kinds)
 
 
 def _seconds(text: str) -> float | None:

@@ -49,6 +49,7 @@ class SlurmStart:
     """Seconds since 1970; None if it has not begun, or goes on."""
     elapsed_s: int
     gpus: int
+    """0 also where this Slurm tracks none."""
     energy_j: float | None
     """That Slurm read on the job's nodes: whole nodes, also for jobs that share them."""
     comment: str
@@ -164,6 +165,9 @@ class Reconciliation:
     """Starts in the ledger on other clusters."""
     unbounded: int = 0
     """Replicas whose device or model is not known well enough to say how fast it can be."""
+
+    untracked: int = 0
+    """Starts that used GPUs and have none in `sacct`."""
 
     def add(self, kind: str, job_id: str, uid: int | None, what: str) -> None:
         self.findings.append(Finding(kind, job_id, uid, what))
@@ -303,6 +307,8 @@ def _check(result: Reconciliation, pair: Pair, known: Known) -> None:
         result.add("unused_gpus", row.job_id, row.uid, what)
     elif used > row.gpus > 0:
         result.add("more_gpus", row.job_id, row.uid, f"{used} GPUs in the ledger, {row.gpus} in sacct")
+    elif used > row.gpus:
+        result.untracked += 1
 
 
 def _check_speed(result: Reconciliation, row: SlurmStart, one: LedgerStart, part: Part, flops: float | None) -> None:

@@ -130,6 +130,24 @@ def test_what_does_not_agree_is_named_and_the_exit_code_is_3(place):
     assert [row["State"] for row in found["rows"]] == ["CANCELLED", "NODE_FAIL"]
 
 
+@pytest.mark.parametrize(
+    ("tres", "gpus"),
+    [
+        ("cpu=1,gres/gpu:a100=1,gres/gpu:h100=3,node=1", 4),  # tracked by kind alone
+        ("cpu=1,gres/gpu:h100=1,gres/gpu=2,node=1", 2),  # of which kind the other is was not asked
+        ("billing=1,cpu=1,gres/gpumem=80G,node=1", 0),
+    ],
+)
+def test_gpus_are_counted_as_the_site_tracks_them(place, tres, gpus):
+    place.work("7", num_gpus=max(1, gpus))
+    place.job("7", "hpckv-run", AllocTRES=tres)
+    done = place.ask("-o", "GPUs")
+    assert (done.returncode, done.stdout.split()[2]) == (0, str(gpus))
+    untracked = "not compared: 1 that used GPUs and have none in sacct: AccountingStorageTRES may lack gres/gpu\n"
+    assert (untracked in done.stdout) == (gpus == 0)
+    assert json.loads(place.ask("--json").stdout)["not_compared"]["gpus_untracked"] == (gpus == 0)
+
+
 def test_slurm_is_asked_about_oneself_everybody_or_some_jobs(place):
     place.work("7")
     place.job("7", "hpckv")

@@ -147,7 +147,11 @@ def test_gpus_that_were_paid_for_and_never_used():
     one_after_another = (part(t1=T + 300), part(t0=T + 300))
     assert found([ledger("7", *one_after_another)], [slurm(gpus=2)]) == [("unused_gpus", "7")]
     assert found([ledger("7", part(num_gpus=2))], [slurm()]) == [("more_gpus", "7")]
-    assert found([ledger()], [slurm(gpus=0)]) == []  # this Slurm does not count GPUs
+
+
+def test_where_slurm_counts_no_gpus_that_is_counted():
+    result = reconcile([ledger(), ledger("8", part(gpu="cpu"))], [slurm(gpus=0), slurm("8", gpus=0)], KNOWN)
+    assert (result.findings, result.untracked) == ([], 1)
 
 
 def test_no_gpu_is_faster_than_its_data_sheet():
