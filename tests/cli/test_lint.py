@@ -90,6 +90,15 @@ def test_a_copy_has_the_repairs_and_everything_else_as_it_was(tmp_path):
     assert (tmp_path / "third.jsonl").read_bytes() == (tmp_path / "out.jsonl").read_bytes()
 
 
+@pytest.mark.parametrize("mode", [0o600, 0o640, 0o664])
+def test_a_copy_has_the_permissions_of_the_input(tmp_path, mode):
+    path = write(tmp_path / "in.jsonl", dated_lines())
+    path.chmod(mode)
+    done = hpckv("lint", path, "--fix", tmp_path / "out.jsonl", "--block-tokens", 4)
+    assert done.returncode == 3, done.stderr
+    assert (tmp_path / "out.jsonl").stat().st_mode & 0o777 == mode
+
+
 def test_nothing_is_written_over(tmp_path):
     path = write(tmp_path / "in.jsonl", dated_lines())
     before = path.read_bytes()

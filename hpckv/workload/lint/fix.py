@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator, Sequence
 from difflib import unified_diff
 from itertools import groupby
@@ -41,7 +42,7 @@ def check_target(source: Path, target: Path) -> None:
 
 
 def copy_repaired(source: Path, target: Path, prompts: Sequence[Prompt], fix: SafeRepairs) -> None:
-    """Write `target`: `source`, whose requests are `prompts`, with safe repairs.
+    """Write `target`: `source`, whose requests are `prompts`, with safe repairs and its permission bits.
 
     Raises `CannotWriteError` also if `target` exists, and if `source` is no longer what was read.
     """
@@ -49,12 +50,13 @@ def copy_repaired(source: Path, target: Path, prompts: Sequence[Prompt], fix: Sa
     by_number = {prompt.number: prompt for prompt in prompts}
     parts: list[bytes] = []
     with source.open("rb") as file:
+        mode = os.fstat(file.fileno()).st_mode & 0o777
         for number, raw in enumerate(file, start=1):
             if number in changed:
                 raw = _rewritten(raw, by_number[number], changed[number], source)
             parts.append(raw)
     try:
-        publish(target, parts, mode=0o644, replace=False)
+        publish(target, parts, mode=mode, replace=False)
     except FileExistsError:
         raise CannotWriteError(f"--fix {target}: exists; give a file that is not there yet") from None
     except PermissionError:
