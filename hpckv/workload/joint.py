@@ -22,6 +22,7 @@ from hpckv.quantity import format_count
 from hpckv.schema import to_plain
 from hpckv.workload.answers import bad_line_record, error_line, output_line
 from hpckv.workload.drain import Drain
+from hpckv.workload.heart import Heart
 from hpckv.workload.job_comment import NOTHING_LEFT, comment, leave_comment
 from hpckv.workload.lines import BatchInput, BatchLine
 from hpckv.workload.merge import add_up, merge_parts, run_digest
@@ -30,7 +31,7 @@ from hpckv.workload.plan import most_tokens_in_use, plan_run
 from hpckv.workload.prepare import RunOptions, prepare, refuse_changed_requests, stop_at_bad_lines
 from hpckv.workload.progress import RunProgress
 from hpckv.workload.provenance import provenance
-from hpckv.workload.queue import MERGE, Heart, Item, QueuePlan, View, Worker, WorkQueue, newest_round
+from hpckv.workload.queue import MERGE, Item, QueuePlan, View, Worker, WorkQueue, newest_round
 from hpckv.workload.routing import cut_subtrees, num_common
 from hpckv.workload.run_lock import RunLock
 from hpckv.workload.runfile import RunConfig
@@ -38,6 +39,7 @@ from hpckv.workload.share import Share
 from hpckv.workload.starting import Starting
 from hpckv.workload.starts import note_start
 from hpckv.workload.summary import Summary, engine_record
+from hpckv.workload.unrecorded import account_for_lost_worker
 
 if TYPE_CHECKING:
     from hpckv.engine.engine import Engine
@@ -280,6 +282,9 @@ class _JoinedRun:
                 return view.is_over
             is_own = view.claims.get(MERGE, (0, ""))[1] == self._worker.name
             if is_own or (view.is_free(MERGE) and self._queue.claim(MERGE, view)):
+                for part in self._queue.parts:
+                    if part.stem not in view.alive:
+                        account_for_lost_worker(self._directory, part)
                 lost = merge_parts(self._directory, self._queue)
                 if lost:
                     _log.error("%d answers are in no part although they were written: computed again", len(lost))

@@ -16,8 +16,6 @@ from hpckv.workload.output import gather_lines, write_file
 from hpckv.workload.queue import MERGE, WorkQueue
 from hpckv.workload.runfile import RunConfig
 
-_FAILURES = ".errors.jsonl"
-
 
 def merge_parts(directory: Path, queue: WorkQueue) -> list[str]:
     """Put all answers of a round into `output.jsonl` and end the round; ids that are in no part, and then it is not over.
@@ -25,18 +23,16 @@ def merge_parts(directory: Path, queue: WorkQueue) -> list[str]:
     Can be done again, and by two workers at once: lines that are there already stay. Raises `CannotWriteError`.
     """
     assert queue.plan
-    target, parts = directory / "output.jsonl", sorted((queue.folder / "parts").glob("*.jsonl"))
-    answers = [path for path in parts if not path.name.endswith(_FAILURES)]
+    target, answers = directory / "output.jsonl", queue.parts
     try:
         done, _, _ = gather_lines([target] * target.exists() + answers, target)
     except OSError as error:
         raise CannotWriteError(f"{target}: {error.strerror}; the parts are safe, run again to go on") from None
     failed: dict[str, dict[str, Any]] = {}
-    for path in parts:
-        if path not in answers:
-            for raw in path.read_bytes().splitlines():
-                record = json.loads(raw)
-                failed.setdefault(record["custom_id"], record)
+    for path in sorted((queue.folder / "parts").glob("*.errors.jsonl")):
+        for raw in path.read_bytes().splitlines():
+            record = json.loads(raw)
+            failed.setdefault(record["custom_id"], record)
     if lost := [custom_id for custom_id in queue.plan.ids if custom_id not in done and custom_id not in failed]:
         return lost
     records = [*queue.plan.bad, *(record for custom_id, record in failed.items() if custom_id not in done)]

@@ -10,7 +10,6 @@ import os
 import platform
 import secrets
 import shutil
-import threading
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -29,7 +28,7 @@ _log = logging.getLogger(__name__)
 
 MERGE = "merge"
 """The last item of a round: bringing all answers into one file."""
-_LONG_GONE, _STUCK = 10, 4
+_LONG_GONE = 10
 """In leases."""
 
 
@@ -137,6 +136,11 @@ class WorkQueue:
     def part(self) -> Path:
         """Where this worker's answers go."""
         return self.folder / "parts" / f"{self.worker.name}.jsonl"
+
+    @property
+    def parts(self) -> list[Path]:
+        """Everybody's answers."""
+        return _parts(self.folder)
 
     @property
     def failures(self) -> Path:
@@ -333,45 +337,6 @@ class WorkQueue:
             raise CannotWriteError(f"{path}: {error.strerror}") from None
 
 
-class Heart:
-    """A thread that shows the others that this worker lives, as long as its engine comes back."""
-
-    def __init__(self, queue: WorkQueue, lease_s: float) -> None:
-        self._queue, self._lease_s = queue, lease_s
-        self._lock = threading.Lock()
-        self._ended = threading.Event()
-        self._ticked = time.monotonic()
-        queue.show()
-        self._thread = threading.Thread(target=self._run, name="hpckv-heart", daemon=True)
-        self._thread.start()
-
-    def tick(self, *, is_idle: bool) -> None:
-        """The engine came back. A change of `is_idle` is shown at once."""
-        self._ticked = time.monotonic()
-        if is_idle != self._queue.worker.is_idle:
-            with self._lock:
-                self._queue.worker.is_idle = is_idle
-                self._queue.show()
-
-    def stop(self) -> None:
-        """This worker has left."""
-        self._ended.set()
-        self._thread.join()
-        with self._lock:
-            self._queue.worker.has_left = True
-            self._queue.show()
-
-    def _run(self) -> None:
-        while not self._ended.wait(self._lease_s / 10):
-            if time.monotonic() - self._ticked > _STUCK * self._lease_s:
-                continue
-            try:
-                with self._lock:
-                    self._queue.show()
-            except CannotWriteError as error:
-                _log.warning("%s; the other jobs of this run will take over", error)
-
-
 def newest_round(directory: Path) -> Path:
     """The folder of the round that is under way, or of the next one."""
     rounds = [int(path.name) for path in (directory / "queue").glob("*") if path.name.isdigit()]
@@ -382,9 +347,11 @@ def newest_round(directory: Path) -> Path:
 
 def open_parts(directory: Path) -> list[Path]:
     """Parts of a round that is not over: answers that `output.jsonl` does not have yet."""
-    return sorted(
-        path for path in newest_round(directory).glob("parts/*.jsonl") if path.suffixes[-2:] != [".errors", ".jsonl"]
-    )
+    return _parts(newest_round(directory))
+
+
+def _parts(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.glob("parts/*.jsonl") if path.suffixes[-2:] != [".errors", ".jsonl"])
 
 
 def _without(item: Item, gone: set[str]) -> Item:

@@ -34,10 +34,21 @@ class _Line(msgspec.Struct):
 
 def account_for_earlier_starts(directory: Path) -> None:
     """Record what earlier starts of this run answered and did not come to record. Trouble with it is only said."""
+    _account(directory, directory / "output.jsonl", "")
+
+
+def account_for_lost_worker(directory: Path, part: Path) -> None:
+    """The same of one of several that work on a run, by the part of the answers that is its own."""
+    job_and_restart = part.stem.rpartition(".")[0]  # as its ledger's name begins
+    _account(directory, part, f"{job_and_restart}.")
+
+
+def _account(directory: Path, output: Path, beginning: str) -> None:
+    notes = (directory / "logs" / "ledgers").glob("*")
     try:
-        ledgers = [directory / path.read_text().strip() for path in (directory / "logs" / "ledgers").glob("*")]
+        ledgers = [directory / path.read_text().strip() for path in notes if path.name.startswith(beginning)]
         if ledgers:
-            record_afterwards(ledgers, _served_in(directory / "output.jsonl"))
+            record_afterwards(ledgers, _served_in(output))
     except (OSError, ValueError) as error:
         _log.warning("%s: the ledger may lack the last minute of an earlier start: %s", directory, error)
 
@@ -47,7 +58,10 @@ def _served_in(output: Path) -> Served:
     decode = msgspec.json.Decoder(_Line).decode
     with output.open("rb") as file:
         for line in file:
-            body = decode(line).response.body
+            try:
+                body = decode(line).response.body
+            except msgspec.DecodeError:  # torn
+                continue
             usage = body.usage
             found.requests += 1
             found.until = max(found.until, float(body.created))

@@ -208,6 +208,22 @@ def test_what_a_killed_run_had_done_counts_once_wherever_its_files_are_by_now(tm
     assert shown["GPUTime"] <= 3600
 
 
+def test_no_token_is_lost_with_one_of_several_that_is_killed(tmp_path, model):
+    sampling = {"max_tokens": 24, "ignore_eos": True}
+    queue = {"lease_s": 3.0, "items": 16}
+    run_file = write_run(tmp_path, model, chat_lines(40), sampling=sampling, queue=queue, engine={"max_requests": 2})
+    command = [sys.executable, "-m", "hpckv.cli.main", "run", str(run_file), "--join"]
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as job:
+        end = time.monotonic() + 120
+        while sum(part.read_bytes().count(b"\n") for part in tmp_path.glob("out/queue/1/parts/*")) < 8:
+            assert time.monotonic() < end
+            time.sleep(0.01)
+        job.send_signal(signal.SIGKILL)
+    last = hpckv("run", run_file, "--join")
+    assert (last.returncode, "that had not been recorded" in last.stderr) == (0, True), last.stderr
+    assert total("--run", tmp_path / "out") == served(tmp_path)
+
+
 def test_where_a_ledger_is_gone_nothing_is_counted_twice(tmp_path, model):
     sampling = {"max_tokens": 24, "ignore_eos": True}
     run_file = write_run(tmp_path, model, chat_lines(40), sampling=sampling, engine={"max_requests": 2})

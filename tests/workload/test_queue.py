@@ -9,7 +9,8 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
-from hpckv.workload.queue import MERGE, Heart, Item, QueuePlan, Worker, WorkQueue, newest_round, open_parts
+from hpckv.workload.heart import Heart
+from hpckv.workload.queue import MERGE, Item, QueuePlan, Worker, WorkQueue, newest_round, open_parts
 
 LEASE_S = 0.4
 
