@@ -7,7 +7,7 @@
 #SBATCH --account=CHANGE_ME        # the project that pays
 #SBATCH --partition=CHANGE_ME      # where the runs will be
 #SBATCH --time=00:05:00            # it takes less than a minute
-#SBATCH --nodes=1                  # more look at more nodes
+#SBATCH --nodes=1                  # more look at more nodes: each line begins with its node's name
 #SBATCH --ntasks-per-node=1        # one looks at a node
 #SBATCH --cpus-per-task=2          # for a test of MPI with two ranks
 #SBATCH --mem=8G                   # torch is started

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import stat
+from dataclasses import dataclass
 from pathlib import Path
 
 from hpckv.errors import AccessError
@@ -55,24 +56,49 @@ def own_folder(place: Path, name: str) -> Path:
     return folder
 
 
-def is_on_network(path: Path) -> bool:
-    """Whether a path is on a filesystem that other nodes see."""
-    return filesystem_type(path) in _NETWORK
+@dataclass(frozen=True)
+class Mount:
+    """A mounted filesystem, as /proc/self/mountinfo has it; all empty if unknown."""
+
+    point: str = ""
+    kind: str = ""
+    source: str = ""
+    options: frozenset[str] = frozenset()
+
+    @property
+    def is_on_network(self) -> bool:
+        """Whether other nodes see it."""
+        return self.kind in _NETWORK
+
+    @property
+    def is_memory(self) -> bool:
+        return self.kind in _MEMORY
 
 
-def filesystem_type(path: Path) -> str:
-    """As /proc/self/mountinfo names it; empty if unknown."""
+def mount_of(path: Path) -> Mount:
+    """What a path lies on."""
     resolved = str(path.resolve())
-    best, found = -1, ""
+    found = Mount()
     try:
         mounts = Path("/proc/self/mountinfo").read_text().splitlines()
     except OSError:
-        return ""
+        return found
     for line in mounts:
         before, _, after = line.partition(" - ")
         fields = before.split()
         point = fields[4].encode().decode("unicode_escape")
         is_above = resolved == point or resolved.startswith(point.rstrip("/") + "/")
-        if is_above and len(point) >= best:  # of two mounts on one point the later is seen
-            best, found = len(point), after.split()[0]
+        if is_above and len(point) >= len(found.point):  # of two mounts on one point the later is seen
+            kind, source, options = after.split(" ", 2)
+            found = Mount(point, kind, source, frozenset([*fields[5].split(","), *options.split(",")]))
     return found
+
+
+def is_on_network(path: Path) -> bool:
+    """Whether a path is on a filesystem that other nodes see."""
+    return mount_of(path).is_on_network
+
+
+def filesystem_type(path: Path) -> str:
+    """As /proc/self/mountinfo names it; empty if unknown."""
+    return mount_of(path).kind

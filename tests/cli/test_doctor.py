@@ -1,14 +1,17 @@
 """What `hpckv doctor` finds, here and, by tables, on machines that are not here."""
 
 import json
-import os
-import stat
-from pathlib import Path
+import shutil
+import socket
+import subprocess
+import sys
+import threading
 
 import pytest
 
 from hpckv.launch import doctor
-from hpckv.launch.doctor import Verdict, judge_torch
+from hpckv.launch.doctor import judge_torch
+from hpckv.launch.finding import Verdict
 from tests.cli.runs import hpckv
 
 CU126 = ["sm_50", "sm_60", "sm_70", "sm_75", "sm_80", "sm_86", "sm_90"]
@@ -41,51 +44,49 @@ def test_gpus_are_judged_by_what_torch_was_built_for(gpus, architectures, has_dr
 def test_here_nothing_fails_and_nothing_is_left_behind(tmp_path):
     done = hpckv("doctor", tmp_path / "not" / "yet" / "there", "--json")
     assert done.returncode == 0, done.stdout + done.stderr
-    found = {one["matter"]: one for one in json.loads(done.stdout)}
+    assert done.stdout.count("\n") == 1, "several nodes' rows stay apart"
+    rows = json.loads(done.stdout)
+    host = socket.gethostname().partition(".")[0]
+    assert {row["host"] for row in rows} == {host}
+    found = {row["matter"]: row for row in rows}
     assert found["MPI"]["verdict"] == "PASS"
     assert str(tmp_path) in found["filesystem"]["found"]
+    assert {"guarantees", "space", "quota", "group", "local disk"} < found.keys()
     assert all(one["remedy"] for one in found.values() if one["verdict"] != "PASS")
     assert list(tmp_path.iterdir()) == []
     table = hpckv("doctor", tmp_path).stdout
     assert "PASS  MPI" in table
+    assert all(line.startswith(f"{host}  ") for line in table.splitlines()), "also a remedy tells its node"
 
 
-def test_a_folder_that_cannot_be_written_fails(monkeypatch, tmp_path):
-    def no_links(*_):
-        raise OSError(1, "Operation not permitted")
+def test_programs_that_all_hang_hold_nothing_up_and_are_ended(monkeypatch, tmp_path):
+    for name in ("python", "mpiexec", "sbatch", "srun", "sinfo", "sacct", "apptainer", "quota"):
+        (tmp_path / name).write_text(f"#!/bin/bash\necho $$ >>{tmp_path}/pids\n/bin/sleep 600\n")
+        (tmp_path / name).chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setattr(sys, "executable", str(tmp_path / "python"))
+    found = {one.matter: one for one in doctor.examine(tmp_path, limit_s=2.0)}
+    for matter in ("GPU", "MPI", "srun's MPI", "Slurm", "sacct", "container", "quota"):
+        assert "no answer" in found[matter].found
+        assert found[matter].remedy
+    assert found["filesystem"].verdict is Verdict.PASS
+    for pid in (tmp_path / "pids").read_text().split():
+        left = subprocess.run(["/bin/ps", "-g", pid, "-o", "args="], capture_output=True, text=True)
+        assert "sleep 600" not in left.stdout
 
-    monkeypatch.setattr(os, "link", no_links)
-    (found,) = doctor._filesystem(tmp_path)
-    assert found.verdict is Verdict.FAIL
-    assert "Operation not permitted" in found.found
-    assert list(tmp_path.iterdir()) == []
 
-
-def test_a_filesystem_that_hangs_is_given_up(monkeypatch, tmp_path):
-    import threading
-
-    monkeypatch.setattr(doctor, "PATIENCE_S", 0.2)
+def test_a_look_that_hangs_in_the_kernel_is_a_finding_at_the_limit(monkeypatch, tmp_path):
     forever = threading.Event()
-    monkeypatch.setattr(os, "fsync", lambda fd: forever.wait())
-    (found,) = doctor._filesystem(tmp_path)
+    which = shutil.which
+    monkeypatch.setattr(shutil, "which", lambda name: forever.wait() and None if name == "srun" else which(name))
+    monkeypatch.setattr(doctor, "_GRACE_S", 0.0)
+    found = {one.matter: one for one in doctor.examine(tmp_path, limit_s=1.0)}
     forever.set()
-    assert (found.verdict, "no answer in 0.2 s" in found.found) == (Verdict.FAIL, True)
+    assert (found["srun's MPI"].verdict, found["srun's MPI"].found) == (Verdict.FAIL, "no answer in 1 s")
+    assert doctor.LIMIT_S < 60
 
 
-def test_a_umask_that_hides_files_from_the_group_is_said(tmp_path):
-    tmp_path.chmod(0o2770)
-    assert stat.S_IMODE(tmp_path.stat().st_mode) & 0o2000
-    before = os.umask(0o077)
-    try:
-        assert doctor._group(tmp_path).verdict is Verdict.WARN
-        os.umask(0o007)
-        assert doctor._group(tmp_path).verdict is Verdict.PASS
-    finally:
-        os.umask(before)
-
-
-def test_a_named_local_disk_that_is_not_there_fails(monkeypatch):
-    monkeypatch.setenv("HPCKV_LOCAL", "/no/such/folder")
-    found = doctor._local_disk(Path("/"))
-    assert found.verdict is Verdict.FAIL
-    assert "/no/such/folder" in found.found
+def test_a_mistake_of_its_own_is_not_hidden(monkeypatch, tmp_path):
+    monkeypatch.setattr(doctor, "_limits", lambda: [1 / 0])
+    with pytest.raises(ZeroDivisionError):
+        list(doctor.examine(tmp_path, limit_s=0.0))
