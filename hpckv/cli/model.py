@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -16,6 +17,7 @@ from hpckv.device.gpus import GPU_CLASSES
 from hpckv.model import ModelConfig, read_config
 from hpckv.model.stage import stage_model
 from hpckv.quantity import format_bytes
+from hpckv.workload.runfile import site_local
 
 model_app = typer.Typer(
     help="Inspect model folders, and copy them to a node's disk.", no_args_is_help=True, rich_markup_mode=None
@@ -94,7 +96,12 @@ def stage(
         TextColumn("copying"), BarColumn(), DownloadColumn(), TransferSpeedColumn(), console=Console(stderr=True)
     ) as bar:
         task = bar.add_task("copy", total=None, visible=False)
-        copy = stage_model(path, to, lambda done, total: bar.update(task, completed=done, total=total, visible=True))
+        copy = stage_model(
+            path,
+            to,
+            lambda done, total: bar.update(task, completed=done, total=total, visible=True),
+            site=site_local(os.environ),
+        )
     typer.echo(str(copy))
 
 

@@ -53,7 +53,8 @@ class Rank:
     ) -> None:
         """Check model, machine and store; the weights come with `load`. Raises `ModelError`, `CapabilityError`, `StoreError`."""
         self.settings, self.cache_config, self.config, self.parallel = settings, cache, engine, parallel
-        self.folder = stage_model(Path(settings.path)) if settings.stage else Path(settings.path)
+        site = store.site_local if store else None
+        self.folder = stage_model(Path(settings.path), site=site) if settings.stage else Path(settings.path)
         self.model_config: ModelConfig = read_config(self.folder)
         self.capability: Capability = probe(settings.device)
         self.dtype_name = choose_dtype(settings.dtype, self.model_config.stored_dtype, self.capability)

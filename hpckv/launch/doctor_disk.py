@@ -18,6 +18,7 @@ from hpckv.launch.doctor_quota import examine_quota
 from hpckv.launch.finding import Clock, Finding, Verdict
 from hpckv.quantity import format_bytes
 from hpckv.store.local_disk import Mount, filesystem_type, find_local_folder, mount_of
+from hpckv.workload.runfile import site_local
 
 _PROBE_BYTES = 64 * 1024**2
 _LITTLE_BYTES = 20 * 1024**3
@@ -203,9 +204,9 @@ def _group(folder: Path, umask: int) -> Finding:
 
 def _local_disk(store: Path) -> Finding:
     try:
-        folder = find_local_folder("auto", store)
+        folder = find_local_folder("auto", store, site_local(os.environ))
     except HpckvError as error:
-        return Finding("local disk", Verdict.FAIL, str(error), "correct HPCKV_LOCAL")
+        return Finding("local disk", Verdict.FAIL, str(error), "correct HPCKV_LOCAL, or what HPCKV_SITE names")
     if folder is None:
         found = "not needed: the store's disk is not on the network, or none is here"
         return Finding("local disk", Verdict.PASS, found)

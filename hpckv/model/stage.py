@@ -37,13 +37,16 @@ Note = Callable[[int, int], None]
 """Told of bytes copied so far, and of all."""
 
 
-def stage_model(folder: Path, setting: str = "auto", note: Note = lambda done, total: None) -> Path:
+def stage_model(
+    folder: Path, setting: str = "auto", note: Note = lambda done, total: None, *, site: str | None = None
+) -> Path:
     """The folder of the copy, made if it is not there; `folder` where that brings nothing or is not possible.
 
-    `setting` is a node-local folder, or `auto`: as `store.local` finds it, where the model is on a network filesystem.
+    `setting` is a node-local folder, or `auto`: as `store.local` finds it, where the model is on a network filesystem; `site` is
+    the site file's.
     Raises `ModelError` for a folder without weights, `AccessError`.
     """
-    room = find_local_folder(setting, folder)
+    room = find_local_folder(setting, folder, site)
     if room is None:
         return folder
     try:

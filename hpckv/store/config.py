@@ -21,7 +21,10 @@ class StoreConfig(Config, frozen=True):
     """Folder of the store; on a cluster, a project's folder on Lustre or NFS. Made on first use."""
     local: str = "auto"
     """Node-local folder for read-through copies; `none`; or `auto`: where the store lies on a network filesystem, the node's
-    own disk ($HPCKV_LOCAL, $SLURM_TMPDIR, $TMPDIR, /local/$USER/$SLURM_JOB_ID, /tmp)."""
+    own disk ($HPCKV_LOCAL, $SLURM_TMPDIR, the site file's folder, $TMPDIR, /local/$USER/$SLURM_JOB_ID, /tmp). A folder in a
+    site file is that one, and does not replace `auto`."""
+    site_local: str | None = None
+    """The site file's folder: its `local`, put here as the run file is read."""
     local_size: ByteSize = ByteSize(200 * 1024**3)
     """Budget of the node-local copies."""
     host_size: ByteSize = ByteSize(1024**3)

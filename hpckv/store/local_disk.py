@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import errno
+import logging
 import os
 import stat
 from dataclasses import dataclass
 from pathlib import Path
 
 from hpckv.errors import AccessError
+from hpckv.log import warn_once
+
+_log = logging.getLogger(__name__)
 
 _NETWORK = frozenset(
     {"lustre", "nfs", "nfs4", "gpfs", "beegfs", "ceph", "cifs", "smb3", "9p", "afs", "pvfs2", "panfs", "wekafs", "dvs"}
@@ -17,17 +21,18 @@ _NETWORK = frozenset(
 _MEMORY = frozenset({"tmpfs", "ramfs"})
 
 
-def find_local_folder(setting: str, store: Path) -> Path | None:
+def find_local_folder(setting: str, store: Path, site: str | None = None) -> Path | None:
     """The folder for `store.local`: a path, `none`, or `auto`.
 
-    `auto` wants copies only where the store lies on a network filesystem, and then looks at $HPCKV_LOCAL, $SLURM_TMPDIR,
-    $TMPDIR, /local/$USER/$SLURM_JOB_ID, /tmp for one that is neither on the network nor in memory. Raises `AccessError` if
-    a folder that was asked for cannot be written.
+    `auto` wants copies only where the store lies on a network filesystem, or $HPCKV_LOCAL names a folder, and takes the first of
+    $HPCKV_LOCAL, $SLURM_TMPDIR, `site` (a site file's), $TMPDIR, /local/$USER/$SLURM_JOB_ID, /tmp that can be written to; what
+    nobody named, only if it is neither on the network nor in memory. Raises `AccessError` if a folder that was asked for cannot
+    be written to; a site's is then said once and passed over.
     """
     asked = os.environ.get("HPCKV_LOCAL") if setting == "auto" else None if setting == "none" else setting
     if asked:
         folder = Path(asked)
-        if not folder.is_dir() or not os.access(folder, os.W_OK | os.X_OK):
+        if not _is_usable(folder):
             raise AccessError(f"{folder}: named as the node's own disk, and is no folder that can be written to")
         return folder
     if setting == "none" or not is_on_network(store):
@@ -35,15 +40,26 @@ def find_local_folder(setting: str, store: Path) -> Path | None:
     user, job = os.environ.get("USER", ""), os.environ.get("SLURM_JOB_ID", "")
     candidates = [
         os.environ.get("SLURM_TMPDIR"),
+        site,
         os.environ.get("TMPDIR"),
         f"/local/{user}/{job}" if job else None,
         "/tmp",
     ]
-    for folder in map(Path, filter(None, candidates)):
-        is_usable = folder.is_dir() and os.access(folder, os.W_OK | os.X_OK)
-        if is_usable and filesystem_type(folder) not in _NETWORK | _MEMORY:
-            return folder
+    for place in filter(None, candidates):
+        folder = Path(place)
+        if _is_usable(folder):
+            mount = mount_of(folder)
+            if place == site or not (mount.is_on_network or mount.is_memory):
+                return folder
+        elif place == site:
+            warn_once(
+                _log, f"{site}: the site file's local disk is no folder that can be written to; the next place is tried"
+            )
     return None
+
+
+def _is_usable(folder: Path) -> bool:
+    return folder.is_dir() and os.access(folder, os.W_OK | os.X_OK)
 
 
 def own_folder(place: Path, name: str) -> Path:

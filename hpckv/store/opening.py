@@ -94,7 +94,9 @@ def _look(
     root = StoreRoot.open(path) if StoreRoot.exists(path) else StoreRoot.create(path, StorePolicy.new())
     if config.private:
         namespace = _salted(root, namespace)
-    return _Opening(config, root, namespace, geometry, owned, find_local_folder(config.local, path), buffers)
+    return _Opening(
+        config, root, namespace, geometry, owned, find_local_folder(config.local, path, config.site_local), buffers
+    )
 
 
 class _Opening:

@@ -65,7 +65,7 @@ def read_tiers(
     """
     with _place(Path(config.shared)) as place:
         namespace = Namespace(Identity(weights=f"bench-{secrets.token_hex(16)}", config={}), {"dtype": "bench"})
-        local = find_local_folder(config.local, place)
+        local = find_local_folder(config.local, place, config.site_local)
         store = open_store(_for_bench(config, place, max(counts) * geometry.block_bytes), namespace, geometry)
         copies = _copies(StoreRoot.open(place), local)
         folders = _folders(namespace, StoreRoot.open(place), copies)

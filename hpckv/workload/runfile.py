@@ -198,8 +198,15 @@ def load_run(
     for assignment in sets:
         set_dotted(content, assignment)
     if site := content.get("site"):
-        content = _merge(_site_defaults(site), content)
+        content = _merge(_below_a_run(_site_defaults(site), content), content)
     return convert(content, RunConfig, str(path))
+
+
+def site_local(environ: Mapping[str, str]) -> str | None:
+    """The folder of the nodes' own disks in the site file that HPCKV_SITE names; raises as `load_run`."""
+    site = environ.get("HPCKV_SITE")
+    store = _below_a_run(_site_defaults(site), {"store": {"shared": "-"}}).get("store") if site else None
+    return store.get("site_local") if store else None
 
 
 def _site_defaults(site: object) -> dict[str, Any]:
@@ -227,6 +234,19 @@ def _with_store(sections: dict[str, Any]) -> dict[str, Any]:
     """A site's `store:` may leave the place to runs."""
     store = sections.get("store")
     return {**sections, "store": {"shared": "-", **store}} if isinstance(store, dict) else sections
+
+
+def _below_a_run(sections: dict[str, Any], content: Mapping[str, Any]) -> dict[str, Any]:
+    """A site's `store:` asks for no store where it has no place for one; its node-local folder does not replace the job's own."""
+    store = sections.get("store")
+    if not isinstance(store, dict):
+        return sections
+    if "shared" not in store and not content.get("store"):
+        return {name: section for name, section in sections.items() if name != "store"}
+    if store.get("local", "auto") not in ("auto", "none"):
+        kept = {name: value for name, value in store.items() if name != "local"}
+        return {**sections, "store": {**kept, "site_local": store["local"]}}
+    return sections
 
 
 def _merge(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:

@@ -61,7 +61,7 @@ def test_the_example_has_every_key_each_with_a_word(tmp_path):
     content = yaml.safe_load(whole.read_text())
     sections = {"slurm": SlurmConfig, "container": ContainerConfig, "store": StoreConfig, "queue": QueueConfig}
     for name, config in sections.items():
-        assert set(content["defaults"][name]) >= keys(config) - {"items"}, name
+        assert set(content["defaults"][name]) >= keys(config) - {"items", "site_local"}, name
     assert set(content["points"]) == keys(PointsConfig)
     assert set(content["points"]["cache"]) == keys(CachePrices)
     assert {key for price in content["points"]["prices"] for key in price} == keys(Price)

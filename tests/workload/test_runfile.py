@@ -1,10 +1,12 @@
 """The run file: precedence, and one line that says where, what was expected, and the nearest right name."""
 
 import pytest
+import yaml
 
 from hpckv.errors import ConfigError, MissingInputError
 from hpckv.quantity import ByteSize
-from hpckv.workload.runfile import load_run
+from hpckv.schema import to_plain
+from hpckv.workload.runfile import load_run, site_local
 
 MINIMAL = "model: {path: m}\ninput: in.jsonl\noutput: out\n"
 
@@ -112,3 +114,47 @@ def test_a_mistake_in_a_site_file_is_said_to_be_there(tmp_path, site, said):
     assert said in str(error.value)
     assert f"{tmp_path}/site.yaml" in str(error.value)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("run", "environ", "local", "site_local"),
+    [
+        ("{shared: /kv}", {}, "auto", "/scratch"),
+        ("{shared: /kv, local: auto}", {}, "auto", "/scratch"),
+        ("{shared: /kv, local: /mine}", {}, "/mine", "/scratch"),
+        ("{shared: /kv, local: none}", {}, "none", "/scratch"),
+        ("{shared: /kv}", {"HPCKV_LOCAL": "/env"}, "/env", "/scratch"),
+    ],
+)
+def test_a_site_files_local_disk_is_one_of_the_places_that_auto_looks_at(tmp_path, run, environ, local, site_local):
+    site = tmp_path / "site.yaml"
+    site.write_text("defaults: {store: {local: /scratch}}\n")
+    config = load(tmp_path, MINIMAL + f"site: {site}\nstore: {run}\n", environ=environ)
+    assert config.store is not None
+    assert (config.store.local, config.store.site_local) == (local, site_local)
+    # What was resolved is read again by a job.
+    again = load(tmp_path, yaml.safe_dump(to_plain(config)))
+    assert again.store == config.store
+
+
+def test_a_site_that_wants_no_copies_is_heard_where_the_run_file_says_nothing(tmp_path):
+    site = tmp_path / "site.yaml"
+    site.write_text("defaults: {store: {local: none}}\n")
+    config = load(tmp_path, MINIMAL + f"site: {site}\nstore: {{shared: /kv}}\n")
+    assert config.store is not None
+    assert (config.store.local, config.store.site_local) == ("none", None)
+
+
+def test_a_site_file_without_a_place_for_a_store_asks_for_none(tmp_path):
+    site = tmp_path / "site.yaml"
+    site.write_text("defaults: {store: {local: /scratch, host_size: 32GiB}}\n")
+    assert load(tmp_path, MINIMAL + f"site: {site}\n").store is None
+
+
+def test_a_site_files_local_disk_is_known_without_a_run_file(tmp_path):
+    site = tmp_path / "site.yaml"
+    site.write_text("defaults: {store: {local: /scratch}}\n")
+    assert site_local({"HPCKV_SITE": str(site)}) == "/scratch"
+    site.write_text("defaults: {store: {local: none}}\n")
+    assert site_local({"HPCKV_SITE": str(site)}) is None
+    assert site_local({}) is None
