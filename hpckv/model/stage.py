@@ -22,6 +22,7 @@ from hpckv.model.files import weight_files
 from hpckv.quantity import format_bytes
 from hpckv.store.durable import publish
 from hpckv.store.local_disk import find_local_folder, own_folder
+from hpckv.store.node_folder import room_in
 
 _log = logging.getLogger(__name__)
 
@@ -29,8 +30,6 @@ _PIECE_BYTES = 16 * 1024**2
 _SMALL_BYTES = 64 * 1024**2
 """Of files that are not weights: tokenizer, configuration."""
 _MARKER = ".complete"
-_SPARE = 0.05
-"""Of the disk, that copies leave free."""
 _UNUSED_S = 7 * 86400.0
 
 Note = Callable[[int, int], None]
@@ -108,8 +107,7 @@ def _make_room(base: Path, size: int, own: Path) -> bool:
     shutil.rmtree(own, ignore_errors=True)
 
     def is_roomy() -> bool:
-        usage = shutil.disk_usage(base)
-        return usage.free - size > _SPARE * usage.total
+        return room_in(base) > size
 
     others = [(_used(folder), folder) for folder in base.iterdir() if folder.is_dir()]
     for used, folder in sorted(others):

@@ -26,7 +26,7 @@ class StoreConfig(Config, frozen=True):
     site_local: str | None = None
     """The site file's folder: its `local`, put here as the run file is read."""
     local_size: ByteSize = ByteSize(200 * 1024**3)
-    """Budget of the node-local copies."""
+    """Most bytes of node-local copies on a node; never more than `slurm.tmp` asks for, and a twentieth of the disk stays free."""
     host_size: ByteSize = ByteSize(1024**3)
     """Budget of the host RAM tier; 0 turns it off. Buffers for reading and writing take up to 1 GiB beside it (128 blocks at
     most)."""

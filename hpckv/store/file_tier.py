@@ -30,6 +30,7 @@ from hpckv.store.direct_io import BufferPool
 from hpckv.store.durable import publish
 from hpckv.store.fetch import within
 from hpckv.store.foreign_file import UnusableFileError, is_gone
+from hpckv.store.node_folder import Budget
 from hpckv.store.root import StoreRoot
 from hpckv.store.segment import Segment, SegmentContext, StoredBlock
 from hpckv.store.segment_writer import SegmentWriter
@@ -60,7 +61,7 @@ class FileTier(Tier):
         refresh_s: float = 5.0,
         keep_s: int = 0,
         gid: int | None = None,
-        budget_bytes: int | None = None,
+        budget: Budget | None = None,
         is_durable: bool = True,
         keeps_copies_only: bool = False,
         patience_s: float = 60.0,
@@ -72,11 +73,11 @@ class FileTier(Tier):
         """Reads the catalogue once; raises nothing, what cannot be read is passed over.
 
         Of a block that is put only the part in `owned`, KV heads of the same layers, is written: the rest is other ranks'.
-        Own segments beyond `budget_bytes` are evicted as new ones are sealed. With the store's `root`, its quota is kept,
+        Own segments go, oldest first, where a new one would be beyond the `budget`. With the store's `root`, its quota is kept,
         uses are logged, and at the end own segments are indexed and collected. A filesystem that does not answer holds up
         the first look, a flush and the end for `patience_s` seconds each; the first look then goes on meanwhile.
         """
-        self.name, self.keeps_copies_only, self._budget = name, keeps_copies_only, budget_bytes
+        self.name, self.keeps_copies_only, self._budget = name, keeps_copies_only, budget
         self.geometry = context.geometry
         self.stats = TierStats()
         self._buffers = buffers or BufferPool(self.geometry.block_bytes)
@@ -210,17 +211,22 @@ class FileTier(Tier):
         self.stats.written_bytes += num_bytes
         if self._keep_s:
             self._unlogged_keeps[path] = self._keep_s
-        if self._budget is not None and (excess := self._own_bytes() - self._budget) > 0:
-            self.evict(excess)
 
     def _make_room(self, num_bytes: int) -> bool:
         """Whether a file of that size may be written; waits for its turn where the rate is limited."""
         if self._collector and not self._collector.make_room(num_bytes):
             return False
+        if self._budget and not self._keep_budget(self._budget, num_bytes):
+            return False
         return self._write_limit is None or self._write_limit.take(num_bytes)
 
-    def _own_bytes(self) -> int:
-        return sum(_size(path) for path in self.catalog.segments if path.parent == self._own)
+    def _keep_budget(self, budget: Budget, num_bytes: int) -> bool:
+        if (excess := budget.excess(num_bytes)) > 0:
+            self.evict(excess)
+            excess = budget.excess(num_bytes)
+        if excess > 0:
+            warn_once(_log, f"{budget.folder}: no room for more copies; blocks are read from where they lie")
+        return excess <= 0
 
     def flush(self) -> None:
         if self._writer:

@@ -25,6 +25,7 @@ from hpckv.store.host_tier import HostTier
 from hpckv.store.identity import Namespace
 from hpckv.store.layout import StoreLayout
 from hpckv.store.local_disk import find_local_folder, own_folder
+from hpckv.store.node_folder import Budget
 from hpckv.store.node_index import NodeIndex
 from hpckv.store.policy import Bridging, StorePolicy
 from hpckv.store.root import StoreRoot
@@ -150,7 +151,7 @@ class _Opening:
             buffers=self.buffers,
             segment_bytes=min(_LOCAL_SEGMENT_BYTES, self.config.segment_size),
             seal_s=_LOCAL_SEAL_S,
-            budget_bytes=self.config.local_size,
+            budget=Budget(own, self.config.local_size),
             is_durable=False,
             keeps_copies_only=True,
             patience_s=self.config.deadline_s,

@@ -11,12 +11,15 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+import msgspec
+
 from hpckv.comm.parallel_dims import ParallelConfig
 from hpckv.engine.config import EngineConfig
 from hpckv.engine.request import SamplingParams
 from hpckv.errors import ConfigError
 from hpckv.kvcache.config import CacheConfig
 from hpckv.model.config import ModelSettings
+from hpckv.quantity import ByteSize
 from hpckv.schema import Config, convert, read_site, read_yaml, set_dotted
 from hpckv.store.config import StoreConfig
 from hpckv.workload.queue import QueueConfig
@@ -48,7 +51,7 @@ class SlurmConfig(Config, frozen=True):
     mem: int | str | None = None
     """`--mem`, of each node."""
     tmp: int | str | None = None
-    """`--tmp`: room on each node's own disk."""
+    """`--tmp`: room on each node's own disk. `store.local_size` is no more than that, also for `hpckv run`."""
     job_name: str = "hpckv"
     """`-J`"""
     log: str | None = None
@@ -103,13 +106,21 @@ class SlurmConfig(Config, frozen=True):
             raise ConfigError(f"slurm.signal_s: {self.signal_s} s before the end of {self.time} is before its start")
 
     @property
+    def tmp_bytes(self) -> int:
+        """Of `tmp`, which Slurm takes in MiB; 0 asks for nothing."""
+        found = _SLURM_SIZE.fullmatch(str(self.tmp or 0))
+        assert found is not None
+        power = " KMGT".index((found[2] or "M").upper())
+        return int(found[1]) * int(1024**power)
+
+    @property
     def limit_s(self) -> float | None:
         """Seconds of `time`."""
         return None if self.time is None else slurm_seconds(str(self.time))
 
 
 _SLURM_TIME = re.compile(r"(?:(?P<days>\d+)-)?(?P<first>\d+)(?::(?P<second>\d+))?(?::(?P<third>\d+))?")
-_SLURM_SIZE = re.compile(r"\d+[KMGT]?B?", re.IGNORECASE)
+_SLURM_SIZE = re.compile(r"(\d+)([KMGT]?)B?", re.IGNORECASE)
 
 
 def slurm_seconds(time: str) -> float:
@@ -199,7 +210,15 @@ def load_run(
         set_dotted(content, assignment)
     if site := content.get("site"):
         content = _merge(_below_a_run(_site_defaults(site), content), content)
-    return convert(content, RunConfig, str(path))
+    return _within_tmp(convert(content, RunConfig, str(path)))
+
+
+def _within_tmp(config: RunConfig) -> RunConfig:
+    """Slurm tells a job nothing of the room it was given, so what was asked for bounds what is taken."""
+    store, tmp = config.store, config.slurm.tmp_bytes if config.slurm else 0
+    if store is None or not tmp or store.local_size <= tmp:
+        return config
+    return msgspec.structs.replace(config, store=msgspec.structs.replace(store, local_size=ByteSize(tmp)))
 
 
 def site_local(environ: Mapping[str, str]) -> str | None:

@@ -158,3 +158,28 @@ def test_a_site_files_local_disk_is_known_without_a_run_file(tmp_path):
     site.write_text("defaults: {store: {local: none}}\n")
     assert site_local({"HPCKV_SITE": str(site)}) is None
     assert site_local({}) is None
+
+
+@pytest.mark.parametrize(
+    ("tmp", "local_size"),
+    [
+        ("200G", "100GiB"),
+        ("50G", "50GiB"),
+        ("51200", "50GiB"),
+        (2048, "2GiB"),
+        ("1t", "100GiB"),
+        (0, "100GiB"),
+        (None, "100GiB"),
+    ],
+)
+def test_copies_on_a_nodes_disk_take_no_more_than_slurm_is_asked_for(tmp_path, tmp, local_size):
+    slurm = "" if tmp is None else f"slurm: {{tmp: {tmp}}}\n"
+    config = load(tmp_path, MINIMAL + f"store: {{shared: /kv, local_size: 100GiB}}\n{slurm}")
+    assert config.store is not None
+    assert str(config.store.local_size) == local_size
+
+
+def test_the_flag_tmp_bounds_them_too(tmp_path):
+    config = load(tmp_path, MINIMAL + "store: {shared: /kv}\n", flags={"slurm.tmp": "10G"})
+    assert config.store is not None
+    assert str(config.store.local_size) == "10GiB"
