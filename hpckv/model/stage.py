@@ -6,13 +6,12 @@ the first. Where there is no such disk, or no room, the folder itself is used: s
 
 from __future__ import annotations
 
-import contextlib
 import fcntl
 import logging
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 from blake3 import blake3
@@ -22,7 +21,7 @@ from hpckv.model.files import weight_files
 from hpckv.quantity import format_bytes
 from hpckv.store.durable import publish
 from hpckv.store.local_disk import find_local_folder, own_folder
-from hpckv.store.node_folder import room_in
+from hpckv.store.node_folder import hold, room_in, sweep
 
 _log = logging.getLogger(__name__)
 
@@ -30,7 +29,6 @@ _PIECE_BYTES = 16 * 1024**2
 _SMALL_BYTES = 64 * 1024**2
 """Of files that are not weights: tokenizer, configuration."""
 _MARKER = ".complete"
-_UNUSED_S = 7 * 86400.0
 
 Note = Callable[[int, int], None]
 """Told of bytes copied so far, and of all."""
@@ -52,7 +50,7 @@ def stage_model(
         base = own_folder(room, "hpckv-models")
         files = _files(folder)
         copy = base / _name(folder, files)
-        with _alone(base / f"{copy.name}.lock"):
+        with hold(copy, fcntl.LOCK_EX):
             if not (copy / _MARKER).exists():
                 size = sum(file.stat().st_size for file in files)
                 if not _make_room(base, size, copy):
@@ -88,32 +86,14 @@ def _name(folder: Path, files: list[Path]) -> str:
     return digest.hexdigest(16)
 
 
-@contextlib.contextmanager
-def _alone(path: Path) -> Iterator[None]:
-    """One process of this node; its disk's locks can be trusted."""
-    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-    try:
-        fcntl.flock(fd, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(fd)
-
-
 def _make_room(base: Path, size: int, own: Path) -> bool:
-    """Remove what was broken off, what nobody has used for a week, and then the oldest; whether there is room now.
-
-    A process that still reads a removed copy goes on: its files are open.
-    """
+    """Remove what was broken off, what nobody has used for a week, and then the oldest; whether there is room now."""
     shutil.rmtree(own, ignore_errors=True)
 
     def is_roomy() -> bool:
         return room_in(base) > size
 
-    others = [(_used(folder), folder) for folder in base.iterdir() if folder.is_dir()]
-    for used, folder in sorted(others):
-        if (is_roomy() and time.time() - used < _UNUSED_S) or not _is_idle(folder):
-            continue
-        shutil.rmtree(folder, ignore_errors=True)
+    sweep(base, _used, is_roomy)
     return is_roomy()
 
 
@@ -122,18 +102,6 @@ def _used(folder: Path) -> float:
         return (folder / _MARKER).stat().st_mtime
     except OSError:
         return 0.0
-
-
-def _is_idle(folder: Path) -> bool:
-    """Nobody is copying into it."""
-    fd = os.open(folder.with_name(f"{folder.name}.lock"), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-    try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        return False
-    finally:
-        os.close(fd)
-    return True
 
 
 def _copy(files: list[Path], target: Path, size: int, note: Note) -> None:

@@ -6,7 +6,10 @@ import errno
 import logging
 import os
 import stat
+from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
+from glob import escape
 from pathlib import Path
 
 from hpckv.errors import AccessError
@@ -66,10 +69,27 @@ def own_folder(place: Path, name: str) -> Path:
     """This user's folder in a place that all users of the node write to; raises `OSError` if it is not this user's alone."""
     folder = place / f"{name}-{os.getuid()}"
     folder.mkdir(mode=0o700, exist_ok=True)
-    status = folder.lstat()
-    if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.getuid() or status.st_mode & 0o077:
+    if not _is_own(folder):
         raise PermissionError(errno.EPERM, "not a folder of yours alone", str(folder))
     return folder
+
+
+def left_folders(place: Path, name: str) -> Iterator[Path]:
+    """This user's folders as `own_folder` makes them: in `place` and, where that is this job's, in the places other jobs left."""
+    job = os.environ.get("SLURM_JOB_ID")
+    places = [place]
+    if job and job in place.name:
+        beside = place.parent.glob(escape(place.name).replace(job, "*"))
+        places += [other for other in beside if other != place and other.lstat().st_uid == os.getuid()]
+    for folder in (each / f"{name}-{os.getuid()}" for each in places):
+        with suppress(OSError):
+            if _is_own(folder):
+                yield folder
+
+
+def _is_own(folder: Path) -> bool:
+    status = folder.lstat()
+    return stat.S_ISDIR(status.st_mode) and status.st_uid == os.getuid() and not status.st_mode & 0o077
 
 
 @dataclass(frozen=True)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import logging
 import os
+from contextlib import ExitStack, suppress
 from dataclasses import replace
 from pathlib import Path
+from threading import Thread
 
 from blake3 import blake3
 
@@ -24,8 +27,8 @@ from hpckv.store.file_tier import FileTier
 from hpckv.store.host_tier import HostTier
 from hpckv.store.identity import Namespace
 from hpckv.store.layout import StoreLayout
-from hpckv.store.local_disk import find_local_folder, own_folder
-from hpckv.store.node_folder import Budget
+from hpckv.store.local_disk import find_local_folder, left_folders, own_folder
+from hpckv.store.node_folder import Budget, hold, sweep
 from hpckv.store.node_index import NodeIndex
 from hpckv.store.policy import Bridging, StorePolicy
 from hpckv.store.root import StoreRoot
@@ -38,6 +41,7 @@ _log = logging.getLogger(__name__)
 
 _LOCAL_SEGMENT_BYTES = 64 * 1024**2
 _LOCAL_SEAL_S = 5.0
+_NAME = "hpckv"
 _SIBLING_REFRESH_S = 60.0
 
 
@@ -80,6 +84,7 @@ def open_store(
         deadline_s=config.deadline_s,
         auditor=opening.auditor(shared),
         buffers=opening.buffers,
+        on_closed=opening.held.close,
     )
 
 
@@ -115,8 +120,12 @@ class _Opening:
     ) -> None:
         self.config, self.root, self.namespace = config, root, namespace
         self.epoch_key = root.epoch_key()
-        self.local = None if local is None else _own_local_folder(local, root)
+        self.held = ExitStack()
+        """What must stay on the node's own disk while the store is open."""
+        self.local = None if local is None else _own_local_folder(local, root, self.held)
         """What is this user's of this store on the node's own disk."""
+        if local is not None:
+            Thread(target=_sweep, args=(local,), name="hpckv-sweep", daemon=True).start()
         self._catalogs: list[Catalog] = []
         self.context = self._context(namespace, geometry)
         self.buffers, self.owned = buffers, owned or geometry
@@ -241,15 +250,24 @@ class _Opening:
         return own
 
 
-def _own_local_folder(local: Path, root: StoreRoot) -> StoreLayout | None:
-    """This user's part of the node's disk for one store; None, said once, where it is not this user's alone.
+def _sweep(local: Path) -> None:
+    """Remove what other stores and jobs of this user left on the node's disk, beside the work: it may be much."""
+    with suppress(OSError):
+        for base in left_folders(local, _NAME):
+            with suppress(OSError):
+                sweep(base)
+
+
+def _own_local_folder(local: Path, root: StoreRoot, held: ExitStack) -> StoreLayout | None:
+    """This user's part of the node's disk for one store, which is then held; None, said once, where it is not this user's alone.
 
     Whoever is not trusted any more may have left copies in it: another folder then.
     """
     try:
-        base = own_folder(local, "hpckv")
+        base = own_folder(local, _NAME)
         listed = json.dumps(root.policy.distrusted).encode()
         folder = base / (root.policy.uuid + (f"-{blake3(listed).hexdigest(8)}" if root.policy.distrusted else ""))
+        held.enter_context(hold(folder, fcntl.LOCK_SH))
         folder.mkdir(mode=0o700, exist_ok=True)
     except OSError as error:
         warn_once(_log, f"{error.filename or local}: {error.strerror}; nothing is copied to this node's disk")

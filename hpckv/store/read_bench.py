@@ -28,6 +28,7 @@ from hpckv.store.direct_io import aligned_buffer
 from hpckv.store.identity import Identity, Namespace
 from hpckv.store.layout import StoreLayout
 from hpckv.store.local_disk import find_local_folder
+from hpckv.store.node_folder import remove
 from hpckv.store.opening import open_store
 from hpckv.store.root import StoreRoot
 from hpckv.store.segment import StoredBlock
@@ -78,8 +79,10 @@ def read_tiers(
         finally:
             store.close()
             # Of a store that was made for this everything goes.
-            for folder in folders if place == Path(config.shared) else [*folders, *copies]:
+            for folder in folders:
                 shutil.rmtree(folder, ignore_errors=True)
+            for folder in copies if place != Path(config.shared) else ():
+                remove(folder)
 
 
 def _read(
@@ -182,7 +185,7 @@ def _place(shared: Path) -> Iterator[Path]:
 
 def _copies(root: StoreRoot, local: Path | None) -> list[Path]:
     """This user's folders of one store on this node's disk."""
-    return list((local / f"hpckv-{os.getuid()}").glob(f"{root.policy.uuid}*")) if local else []
+    return list((local / f"hpckv-{os.getuid()}").glob(f"{root.policy.uuid}*/")) if local else []
 
 
 def _folders(namespace: Namespace, root: StoreRoot, copies: Sequence[Path]) -> list[Path]:

@@ -38,6 +38,7 @@ class TieredStore:
         deadline_s: float = 10.0,
         auditor: Auditor | None = None,
         buffers: BufferPool,
+        on_closed: Callable[[], None] = lambda: None,
     ) -> None:
         """`epoch_key` and `identity` enter the block keys. A `fetch()` waits for no block longer than `deadline_s`."""
         self.tiers = list(tiers)
@@ -47,7 +48,7 @@ class TieredStore:
         self.buffers = buffers
         """What blocks are read into and written from."""
         self.breakers = [Breaker() for _ in tiers]
-        self._deadline_s = deadline_s
+        self._deadline_s, self._on_closed = deadline_s, on_closed
         self._generation = 0
         self._pool = DaemonPool(_READERS, "hpckv-read")
 
@@ -151,3 +152,4 @@ class TieredStore:
             self.auditor.finish(self._deadline_s)
         for tier in self.tiers:
             tier.close()
+        self._on_closed()
