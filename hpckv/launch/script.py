@@ -166,9 +166,9 @@ class BatchScript:
     def paths(self) -> list[str]:
         """What a container has to see, besides the run directory."""
         config = self.config
-        names = [config.input, config.model.path, config.site, config.store and config.store.shared]
-        if config.store and config.store.local not in ("auto", "none"):
-            names.append(config.store.local)
+        names = [config.input, config.model.path, config.site]
+        if store := config.store:
+            names += [store.shared, store.site_local, "" if store.local in ("auto", "none") else store.local]
         found = [self.start / name for name in names if name]
         model = self.start / config.model.path
         # Folders of a Hugging Face cache hold links to files that lie elsewhere.

@@ -128,7 +128,7 @@ def test_what_is_given_back_is_taken_by_another_and_not_by_who_takes_the_rest_ov
 
 
 def test_a_heart_stops_when_the_engine_does_not_come_back(tmp_path, monkeypatch):
-    monkeypatch.setattr("hpckv.workload.queue._STUCK", 0.5)
+    monkeypatch.setattr("hpckv.workload.heart._STUCK", 0.5)
     a, b = queue(tmp_path, "a"), queue(tmp_path, "b")
     a.claim("00000", a.look())
     heart = Heart(a, LEASE_S)
