@@ -34,7 +34,7 @@ def _same(expression: str) -> str:
 
 
 def _sum(expression: str) -> str:
-    return f"sum({expression})::BIGINT"
+    return f"sum({expression})"  # 128 bits wide, so that no ledger makes it overflow
 
 
 _ALL = (
@@ -186,7 +186,7 @@ _SPELLED = {
     "day": "days.day",
     "week": "strftime(date_trunc('week', days.day::DATE), '%Y-%m-%d')",
     "month": "left(days.day, 7)",
-    "loaded_tokens": "coalesce(list_sum(map_values(owed)), 0)::BIGINT",
+    "loaded_tokens": "coalesce(list_sum(map_values(owed)), 0)",
     "own_tokens": "coalesce(owed[r.uid::VARCHAR], 0)",
     "priced_tokens": f"computed_tokens + {{read}} * ({_HITS}) + (CASE WHEN keep_s >= 3600 THEN {{long}} ELSE {{short}} END - 1) "
     "* written_tokens",

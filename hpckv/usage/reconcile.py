@@ -177,7 +177,7 @@ def ledger_starts(found: Gathered, start: float, end: float) -> tuple[list[Ledge
     """Every start of a job that has records, in order; and how many there are without Slurm that have one in [start, end)."""
     sql = f"""
         SELECT writer, cluster, job, {JOB} AS job_id, restart, uid, account, partition, gpu, num_gpus, model, model_digest,
-            min(t0), max(t1), sum(gpu_s), sum(computed_tokens + output_tokens)::BIGINT, sum(energy_j),
+            min(t0), max(t1), sum(gpu_s), sum(computed_tokens + output_tokens), sum(energy_j),
             count(*) FILTER (t1 >= ? AND t1 < ?)
         FROM records GROUP BY ALL ORDER BY min(t0)
     """

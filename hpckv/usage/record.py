@@ -7,8 +7,8 @@ import platform
 import pwd
 import secrets
 from collections.abc import Mapping
-from operator import attrgetter
-from typing import Any, get_origin
+from operator import attrgetter, gt
+from typing import Any
 
 import msgspec
 
@@ -119,13 +119,16 @@ class Record(Counters, kw_only=True, gc=False):
             return f"unknown tiers: {', '.join(sorted(set(self.cached) - set(TIERS)))}"
         if self.prompt_tokens != sum(self.cached.values()) + self.computed_tokens:
             return f"{self.prompt_tokens} prompt tokens are not the cached and the computed ones"
-        numbers = [*_plain_numbers(self), self.energy_j or 0.0]
-        for mapping in filter(None, _mappings(self)):
-            numbers += mapping.values()
-        if min(numbers) < 0 or max(numbers) > LARGEST or abs(self.saved_gpu_s) > LARGEST:
+        numbers, read, written = _numbers(self), self.read_bytes.values(), self.written_bytes.values()
+        least = min([*numbers, *self.cached.values(), *read, *written, *self.by_writer.values()])
+        if least < 0 or any(map(gt, numbers, _most)) or not (self.num_gpus and self.num_nodes):
             return "a number out of range"
-        whole = (self.restart, self.keep_s, self.array_task or 0, self.num_nodes - 1, self.num_gpus - 1)
-        if min(whole) < 0 or max(whole) > LARGEST or not all(map(_is_uid, self.by_writer)):
+        # What is cached is within the tokens of prompts.
+        if sum(read) > _BYTES or sum(written) > _BYTES or sum(self.by_writer.values()) > _COUNT:
+            return "a number out of range"
+        if abs(self.saved_gpu_s) > _SECONDS or not 0 <= (self.energy_j or 0) <= _JOULES:
+            return "a number out of range"
+        if not 0 <= (self.array_task or 0) <= LARGEST or not all(map(_is_uid, self.by_writer)):
             return "a number out of range"
         if not 0 <= self.t0 <= self.t1 <= LARGEST:
             return "ends before it begins"
@@ -134,12 +137,17 @@ class Record(Counters, kw_only=True, gc=False):
 
 IN_ORDER = Record.__struct_fields__[len(Counters.__struct_fields__) : -1] + Counters.__struct_fields__ + ("prev",)
 """Of a line's fields."""
+_COUNT, _BYTES, _SECONDS, _JOULES, _DEVICES = 10**12, 10**15, 10**9, 10**13, 10**6
+"""No record of an honest writer comes near them, and sums of any number of records stay exact."""
+_MOST = {
+    **dict.fromkeys(("seq", "restart", "keep_s"), LARGEST),
+    **dict.fromkeys(("num_gpus", "num_nodes"), _DEVICES),
+    **dict.fromkeys((f.name for f in msgspec.structs.fields(Counters) if f.type is int), _COUNT),
+    **dict.fromkeys(("load_s", "prefill_s", "decode_s", "gpu_s"), _SECONDS),
+}
 _TIERS = frozenset(TIERS)
 _UID_DIGITS = 16
-_mappings = attrgetter(*(f.name for f in msgspec.structs.fields(Counters) if get_origin(f.type) is dict))
-_plain_numbers = attrgetter(
-    "seq", *(f.name for f in msgspec.structs.fields(Counters) if f.type in (int, float) and f.name != "saved_gpu_s")
-)
+_numbers, _most = attrgetter(*_MOST), tuple(_MOST.values())
 
 
 def _is_uid(text: str) -> bool:

@@ -128,6 +128,9 @@ def test_lines_out_of_order_left_out_or_twice_do_not_verify(tmp_path):
         ({"restart": 10**19}, "a number out of range"),
         ({"keep_s": -1}, "a number out of range"),
         ({"num_gpus": 0}, "a number out of range"),
+        ({"num_nodes": 0}, "a number out of range"),
+        ({"array_task": -1}, "a number out of range"),
+        ({"written_bytes": {"shared": -1}}, "a number out of range"),
         ({"cached": {"tape": 6}}, "unknown tiers: tape"),
         ({"t1": 1.0}, "ends before it begins"),
         ({"requests": "many"}, "not a record"),
@@ -148,6 +151,40 @@ def test_a_record_that_lies_or_is_not_understood_is_left_out_and_named(tmp_path,
     found, (said,) = read(tmp_path / "x.jsonl", line + after)
     assert what in said
     assert [r.seq for r in found] == [1]
+
+
+MOST = {
+    **dict.fromkeys(
+        ("requests", "failed", "prompt_tokens", "computed_tokens", "output_tokens", "written_tokens"), 10**12
+    ),
+    **dict.fromkeys(("load_s", "prefill_s", "decode_s", "gpu_s", "saved_gpu_s"), 10**9),
+    **dict.fromkeys(("num_gpus", "num_nodes"), 10**6),
+    "energy_j": 10**13,
+}
+MOST_TOGETHER = {"read_bytes": 10**15, "written_bytes": 10**15, "by_writer": 10**12, "cached": 10**12}
+
+
+@pytest.mark.parametrize("name", MOST)
+def test_what_no_machine_does_in_one_record_does_not_count(name):
+    record = Record.of_this_process(environ={})
+    for value, wrong in ((MOST[name], ""), (MOST[name] + 1, "a number out of range")):
+        setattr(record, name, value)
+        record.prompt_tokens = record.computed_tokens = max(record.prompt_tokens, record.computed_tokens)
+        assert record.what_is_wrong == wrong
+
+
+@pytest.mark.parametrize("name", MOST_TOGETHER)
+def test_nor_in_the_parts_of_a_record_together(name):
+    record = Record.of_this_process(environ={})
+    parts = ("7", "8") if name == "by_writer" else ("local", "shared")
+    for more, wrong in ((0, ""), (1, "a number out of range")):
+        setattr(record, name, {parts[0]: MOST_TOGETHER[name] // 2 + more, parts[1]: MOST_TOGETHER[name] // 2})
+        record.prompt_tokens = sum(record.cached.values())
+        assert record.what_is_wrong == wrong
+
+
+def test_every_counter_has_its_limit():
+    assert {*MOST, *MOST_TOGETHER} >= {*Counters.__struct_fields__}
 
 
 def test_only_a_plain_file_of_the_right_owner_and_name_is_read(tmp_path):

@@ -236,6 +236,22 @@ def test_what_is_asked_for_is_what_is_counted(store):
     assert answer.rows == [[truth.by_day[day]["prompt_tokens"]]]
 
 
+def test_no_sum_overflows_whatever_was_rolled_up_before_numbers_had_limits(store):
+    most, found = 2**53, Gathered()
+    counters = Counters(
+        requests=most, prompt_tokens=most, cached={"shared": most}, by_writer={"2001": most, "2002": most}
+    )
+    pattern = Record.of_this_process(environ={"SLURM_JOB_ID": "1"})
+    pattern.uid = 2001
+    for seq in range(2000):
+        record = pattern.with_counters(counters, seq=seq, t0=JULY, t1=JULY + 60, prev="")
+        found.records.append((record, "2001/1.jsonl", False))
+    columns = [COLUMNS[name] for name in ("requests", "hittok", "owntok", "otherstok")]
+    assert ask(store, found, columns=columns)[0].rows == [[2000 * most] * 4]
+    answer, _ = ask(store, found, group="writer", columns=[WRITER_COLUMNS[name] for name in ("writer", "loadedtok")])
+    assert dict(answer.rows) == {"alice": 2000 * most, "bob": 2000 * most}
+
+
 def test_points_are_gpu_hours_at_the_price_that_fits(store):
     make_past(store, num_writers=12, num_records=5)
     answer, _ = ask(store, group="project", columns=[COLUMNS["gputime"], COLUMNS["points"]])
