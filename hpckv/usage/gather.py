@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import os
 import stat
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import cache
@@ -16,7 +15,8 @@ from typing import TYPE_CHECKING
 from hpckv.store.foreign_file import UnusableFileError, open_trusted
 from hpckv.store.layout import StoreLayout
 from hpckv.store.survey import users
-from hpckv.usage.ledger import Oddity, month_of, records_in, verified_lines
+from hpckv.usage.ledger import Oddity, Verified, digest, month_of, records_in, verified_lines
+from hpckv.usage.months import RolledUp, new_database, read_rolled_up
 from hpckv.usage.record import Record
 
 if TYPE_CHECKING:
@@ -24,8 +24,10 @@ if TYPE_CHECKING:
 
 _LARGEST_FILE = 256 * 1024**2
 """A record a minute fills it in 600 years; what is longer is no ledger."""
-_MOST_THREADS = 8
-"""A login node has many cores, and they are everybody's."""
+_MOST_ODDITIES = 10
+"""Of one file, before the rest is only counted: who writes nonsense fills nobody's screen."""
+AS_ROLLED_UP = "counted as it was rolled up"
+CHANGED = f"{AS_ROLLED_UP}: shorter, or another file, by now"
 
 
 @dataclass(frozen=True)
@@ -35,6 +37,12 @@ class LedgerPath:
     path: Path
     uid: int
     """Who must own it."""
+
+    @classmethod
+    def of_key(cls, layout: StoreLayout, month: str, key: str) -> LedgerPath:
+        """The file of a store that has this `key` in a roll-up of the month."""
+        uid, _, name = key.partition("/")
+        return cls(layout.ledger(int(uid)) / month / name, int(uid))
 
     @property
     def month(self) -> str:
@@ -53,17 +61,6 @@ class LedgerPath:
     def key(self) -> str:
         """Its name in a roll-up."""
         return f"{self.uid}/{self.path.name}"
-
-
-@dataclass(frozen=True)
-class RolledUp:
-    """A closed month of a store."""
-
-    path: Path
-    files: dict[str, tuple[int, str]]
-    """Of each ledger file that is in it, by `LedgerPath.key`: valid length, and the last line's digest."""
-    stale: frozenset[str] = frozenset()
-    """Keys of files that have grown since: their rows do not count, they are read themselves."""
 
 
 @dataclass
@@ -87,12 +84,10 @@ def gather(stores: Iterable[Path], runs: Iterable[Path], start: float, end: floa
         for file in store_files(layout, first, last):
             files.setdefault(file.month, []).append(file)
         for path in sorted(layout.rolled_up.glob("*.parquet")):
-            month = path.stem
-            if first <= month <= last and (rolled := read_rolled_up(path, store.stat().st_uid, found, database)):
-                here = files.get(month, [])
-                view = _compare(rolled, here, found)
-                found.months.append(view)
-                files[month] = [file for file in here if file.key not in view.files or file.key in view.stale]
+            if first <= path.stem <= last and (rolled := _rolled_up(path, store.stat().st_uid, found, database)):
+                here = files.get(path.stem, [])
+                files[path.stem] = [file for file in here if file.key not in rolled.files]
+                found.months.append(_beside(rolled, layout, here, found))
         for file in chain.from_iterable(files.values()):
             read_file(file, found)
     for run in dict.fromkeys(path.resolve() for path in runs):
@@ -115,9 +110,13 @@ def store_files(layout: StoreLayout, first: str, last: str) -> Iterator[LedgerPa
                         yield from (LedgerPath(folder / name, uid) for name in names if name.endswith(".jsonl"))
 
 
-def read_file(file: LedgerPath, found: Gathered) -> bytes:
-    """Add what counts of a file, and what is odd about it; what it holds."""
+def read_file(file: LedgerPath, found: Gathered, rolled: tuple[int, str] = (0, "")) -> tuple[int, str] | None:
+    """Add what counts of a file, and what is odd about it: its valid length and last line's digest, None if nothing of it counts.
+
+    That is so, too, if it does not begin with what was `rolled` up of it, which then goes on counting.
+    """
     found.num_files += 1
+    otherwise = AS_ROLLED_UP if rolled[0] else "left out"
     try:
         fd, status = open_trusted(file.path, frozenset({file.uid}))
         with os.fdopen(fd, "rb") as stream:
@@ -126,66 +125,69 @@ def read_file(file: LedgerPath, found: Gathered) -> bytes:
             content = stream.read()
     except (OSError, UnusableFileError) as error:
         reason = error.strerror if isinstance(error, OSError) else str(error)
-        found.oddities.append(Oddity(file.path, f"left out: {reason}"))
-        return b""
+        found.oddities.append(Oddity(file.path, f"{otherwise}: {reason}"))
+        return None
+    verified = verified_lines(content)
+    if not _goes_on(content, verified, *rolled):
+        found.oddities.append(Oddity(file.path, CHANGED))
+        return None
     writer, month, key, is_afterwards = file.writer, file.month, file.key, file.is_afterwards
     latest = -1
-    for record in records_in(file.path, content, file.uid, found.oddities.append):
+    odd: list[Oddity] = []
+    for record in records_in(file.path, verified, file.uid, odd.append):
         if record.writer != writer or month_of(record.t1) != month:
-            found.oddities.append(Oddity(file.path, f"record {record.seq} is of another writer or month"))
+            odd.append(Oddity(file.path, f"record {record.seq} is of another writer or month"))
         elif record.seq <= latest:
-            found.oddities.append(Oddity(file.path, f"record {record.seq} after record {latest}: left out"))
+            odd.append(Oddity(file.path, f"record {record.seq} after record {latest}: left out"))
         else:
             found.records.append((record, key, is_afterwards))
             latest = record.seq
-    return content
+    found.oddities += odd[:_MOST_ODDITIES]
+    if more := odd[_MOST_ODDITIES:]:
+        num_bytes = sum(oddity.num_bytes for oddity in more)
+        found.oddities.append(Oddity(file.path, f"and {len(more)} more that do not count", num_bytes))
+    return (verified.length, verified.last) if verified.length else None
 
 
-def new_database() -> duckdb.DuckDBPyConnection:
-    """An empty one in memory, that loads no code from elsewhere."""
-    import duckdb
+def _goes_on(content: bytes, verified: Verified, length: int, last: str) -> bool:
+    """Whether a file is what was rolled up of it, up to `length`, and perhaps more."""
+    if length > verified.length:
+        return False
+    line = content[:length].removesuffix(b"\n").rpartition(b"\n")[2]
+    return length == 0 or (content[length - 1 : length] == b"\n" and digest(line) == last)
 
-    num_threads = min(_MOST_THREADS, len(os.sched_getaffinity(0)))
-    closed = {"autoinstall_known_extensions": False, "autoload_known_extensions": False}
-    return duckdb.connect(config={**closed, "threads": num_threads})
 
-
-def read_rolled_up(
-    path: Path, uid: int, found: Gathered, database: Callable[[], duckdb.DuckDBPyConnection] = new_database
+def _rolled_up(
+    path: Path, uid: int, found: Gathered, database: Callable[[], duckdb.DuckDBPyConnection]
 ) -> RolledUp | None:
-    """What a month's file says of itself; None if it is not `uid`'s, or damaged."""
-    import duckdb
-
     try:
-        fd, _ = open_trusted(path, frozenset({uid}))
-        os.close(fd)
-        query = "SELECT value FROM parquet_kv_metadata(?) WHERE key = 'hpckv'"
-        rows = database().execute(query, [str(path)]).fetchall()
-        files = json.loads(rows[0][0] if rows else b"")["files"]
-        return RolledUp(path, {str(key): (int(length), str(last)) for key, (length, last) in files.items()})
-    except (OSError, UnusableFileError, duckdb.Error, ValueError, KeyError, TypeError, AttributeError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        found.oddities.append(Oddity(path, f"not used, its month's files are read instead: {reason}"))
+        return read_rolled_up(path, uid, database)
+    except UnusableFileError as error:
+        found.oddities.append(Oddity(path, f"not used, its month's files are read instead: {error}"))
         return None
 
 
-def _compare(rolled: RolledUp, here: Iterable[LedgerPath], found: Gathered) -> RolledUp:
-    """The month beside the files that are there."""
+def _beside(rolled: RolledUp, layout: StoreLayout, here: Iterable[LedgerPath], found: Gathered) -> RolledUp:
+    """The month beside the files that are there, of which those are read that have grown."""
     stale = set()
     for file in here:
-        length, _ = rolled.files.get(file.key, (0, ""))
+        length, last = rolled.files.get(file.key, (0, ""))
         size = _size(file.path)
         if length and size < length:
-            found.oddities.append(Oddity(file.path, f"{length - size} bytes shorter than when it was rolled up"))
-        elif length and size > length:
+            found.oddities.append(Oddity(file.path, CHANGED))
+        elif length and size > length and read_file(file, found, (length, last)):
             stale.add(file.key)
+    repeat_oddities(rolled, rolled.files.keys() - stale, layout, found)
     return replace(rolled, stale=frozenset(stale))
 
 
-def valid_length(content: bytes) -> tuple[int, str]:
-    """Of a ledger file: bytes that verify, and the last line's digest."""
-    found = verified_lines(content)
-    return found.length, found.last
+def repeat_oddities(rolled: RolledUp, keys: Collection[str], layout: StoreLayout, found: Gathered) -> None:
+    """Add what was odd about these files when the month was rolled up, unless it has been found again."""
+    known = {(oddity.path, oddity.what) for oddity in found.oddities}
+    for key, what, num_bytes in rolled.odd:
+        if key in keys:
+            path = LedgerPath.of_key(layout, rolled.month, key).path
+            found.oddities += [Oddity(path, what, num_bytes)] if (path, what) not in known else []
 
 
 def _size(path: Path) -> int:

@@ -99,6 +99,8 @@ class Verified(msgspec.Struct):
     """Bytes of them."""
     last: str
     """Digest of the last one."""
+    left: int
+    """Bytes that follow and do not verify."""
 
 
 def verified_lines(content: bytes) -> Verified:
@@ -112,7 +114,7 @@ def verified_lines(content: bytes) -> Verified:
         lines.append(line)
         length += len(line) + 1
         prev = hashed.update(line[-_CRC_AT:]).hexdigest(8)  # of the whole line
-    return Verified(lines, length, prev)
+    return Verified(lines, length, prev, len(content) - length)
 
 
 class _Version(msgspec.Struct):
@@ -123,12 +125,10 @@ _version = msgspec.json.Decoder(_Version).decode
 _record = msgspec.json.Decoder(Record).decode
 
 
-def records_in(path: Path, content: bytes, uid: int, on_oddity: Callable[[Oddity], None]) -> Iterator[Record]:
+def records_in(path: Path, found: Verified, uid: int, on_oddity: Callable[[Oddity], None]) -> Iterator[Record]:
     """Records of a file that `uid` owns which count, by section 3 of the format; what does not is reported."""
-    found = verified_lines(content)
-    if found.length < len(content):
-        left = len(content) - found.length
-        on_oddity(Oddity(path, f"{left} bytes after record {len(found.lines) - 1} do not verify", left))
+    if found.left:
+        on_oddity(Oddity(path, f"{found.left} bytes after record {len(found.lines) - 1} do not verify", found.left))
     for number, line in enumerate(found.lines):
         try:
             record = _record(line)

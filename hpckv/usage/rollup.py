@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import tempfile
 import time
@@ -12,10 +11,12 @@ from pathlib import Path
 
 from hpckv.errors import AccessError
 from hpckv.store.durable import publish
+from hpckv.store.foreign_file import UnusableFileError
 from hpckv.store.root import StoreRoot
-from hpckv.usage.gather import Gathered, read_file, read_rolled_up, store_files, valid_length
+from hpckv.usage.gather import Gathered, LedgerPath, read_file, repeat_oddities, store_files
 from hpckv.usage.ledger import Oddity, month_of
-from hpckv.usage.table import connect
+from hpckv.usage.months import OtherVersionError, RolledUp, description, read_rolled_up
+from hpckv.usage.table import connect, quoted
 
 GRACE_S = 86400.0
 """A month is closed when it has been over for so long: the last records of its runs are there."""
@@ -30,43 +31,50 @@ def closed_months(root: StoreRoot, now: float | None = None) -> list[str]:
 def roll_up(root: StoreRoot, month: str, on_file: Callable[[], None] = lambda: None) -> tuple[int, list[Oddity]]:
     """Write the month's file anew: how many records it has, and what was left out.
 
-    Ledger files that are gone by now stay in it as far as an earlier roll-up had them. Raises `AccessError` if this is not the
-    store's owner, `OSError`.
+    What an earlier roll-up has of ledger files that are gone by now, or are not any more what they were, stays in it. One of
+    another version stays as it is. Raises `AccessError` if this is not the store's owner, `OSError`.
     """
     layout = root.layout
     if layout.root.stat().st_uid != os.getuid():
         raise AccessError(f"{layout.root}: only the store's owner rolls months up")
     found, files = Gathered(), {}
+    target = layout.rolled_up / f"{month}.parquet"
+    try:
+        earlier = _earlier(target, found)
+    except OtherVersionError as error:
+        return 0, [Oddity(target, f"left as it is: {error}")]
     for file in store_files(layout, month, month):
-        length, last = valid_length(read_file(file, found))
-        if length:
-            files[file.key] = length, last
+        valid = read_file(file, found, earlier.files.get(file.key, (0, "")))
+        if valid is not None:
+            files[file.key] = valid
         on_file()
-    before = layout.rolled_up / f"{month}.parquet"
-    _keep_what_is_gone(before, files, found)
+    kept = earlier.files.keys() - files.keys()
+    if kept:
+        found.months.append(replace(earlier, stale=frozenset(earlier.files.keys() - kept)))
+        files.update({key: earlier.files[key] for key in kept})
+        repeat_oddities(earlier, kept, layout, found)
+    keys = {LedgerPath.of_key(layout, month, key).path: key for key in files}
+    odd = [(keys[oddity.path], oddity.what, oddity.num_bytes) for oddity in found.oddities if oddity.path in keys]
     con = connect(found)
     with tempfile.TemporaryDirectory(prefix="hpckv-rollup-") as folder:
         path = Path(folder) / "month.parquet"
-        text = json.dumps({"v": 1, "files": files})
         con.execute(
-            "COPY (SELECT * FROM records ORDER BY uid, writer, seq) TO '" + str(path).replace("'", "''") + "' "
-            "(FORMAT parquet, COMPRESSION zstd, KV_METADATA {hpckv: '" + text.replace("'", "''") + "'})"
+            f"COPY (SELECT * FROM records ORDER BY uid, writer, seq) TO {quoted(str(path))} "
+            f"(FORMAT parquet, COMPRESSION zstd, KV_METADATA {{hpckv: {quoted(description(files, odd))}}})"
         )
         layout.rolled_up.mkdir(mode=0o750, exist_ok=True)
         group = root.policy.group
-        publish(before, [path.read_bytes()], mode=0o600 if group is None else 0o640, gid=group)
+        publish(target, [path.read_bytes()], mode=0o600 if group is None else 0o640, gid=group)
     ((count,),) = con.execute("SELECT count(*) FROM records").fetchall()
     return count, found.oddities
 
 
-def _keep_what_is_gone(before: Path, files: dict[str, tuple[int, str]], found: Gathered) -> None:
-    """Of the month's earlier roll-up, the rows of files that are not there any more."""
-    if not before.exists():
-        return
-    earlier = read_rolled_up(before, os.getuid(), found)
-    if earlier is None:
-        return
-    gone = {key: value for key, value in earlier.files.items() if key not in files}
-    if gone:
-        found.months.append(replace(earlier, stale=frozenset(earlier.files.keys() - gone.keys())))
-        files.update(gone)
+def _earlier(path: Path, found: Gathered) -> RolledUp:
+    """The month's earlier roll-up, an empty one if there is none that can be used. Raises `OtherVersionError`."""
+    try:
+        return read_rolled_up(path, os.getuid()) if path.exists() else RolledUp(path, {})
+    except OtherVersionError:
+        raise
+    except UnusableFileError as error:
+        found.oddities.append(Oddity(path, f"made anew: {error}"))
+        return RolledUp(path, {})

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from hpckv.usage.gather import Gathered, new_database
+from hpckv.usage.gather import Gathered
+from hpckv.usage.months import new_database
 from hpckv.usage.record import TIERS, Record
 
 if TYPE_CHECKING:
@@ -65,9 +66,8 @@ def connect(found: Gathered, columns: Collection[str] = COLUMNS.keys()) -> duckd
     con.execute("CREATE TABLE stale (path VARCHAR, file VARCHAR)")
     parts = [f"SELECT {names} FROM fresh"]
     for month in found.months:
-        path = _quoted(str(month.path))
-        for file in sorted(month.stale):
-            con.execute("INSERT INTO stale VALUES (?, ?)", [str(month.path), file])
+        path = quoted(str(month.path))
+        con.execute("INSERT INTO stale SELECT ?, unnest(?::VARCHAR[])", [str(month.path), sorted(month.stale)])
         where = f" WHERE file NOT IN (SELECT file FROM stale WHERE path = {path})" if month.stale else ""
         parts.append(f"SELECT * FROM read_parquet({path}){where}")
     # By name: a month that was rolled up before a field was added has it unknown, and one that has more keeps it to itself.
@@ -81,7 +81,8 @@ def connect(found: Gathered, columns: Collection[str] = COLUMNS.keys()) -> duckd
     return con
 
 
-def _quoted(text: str) -> str:
+def quoted(text: str) -> str:
+    """As SQL's literal."""
     return "'" + text.replace("'", "''") + "'"
 
 

@@ -7,7 +7,7 @@ import pytest
 
 from hpckv.usage import ledger
 from hpckv.usage.gather import Gathered, LedgerPath, read_file
-from hpckv.usage.ledger import LedgerFile, encode, records_in
+from hpckv.usage.ledger import LedgerFile, encode, records_in, verified_lines
 from hpckv.usage.record import Counters, Record
 
 OCTOBER_31 = 1793404800.0
@@ -35,7 +35,8 @@ def written(folder, count: int = 4) -> LedgerFile:
 
 def read(path, content: bytes | None = None, uid: int | None = None):
     odd: list = []
-    found = list(records_in(path, path.read_bytes() if content is None else content, uid or os.getuid(), odd.append))
+    verified = verified_lines(path.read_bytes() if content is None else content)
+    found = list(records_in(path, verified, uid or os.getuid(), odd.append))
     return found, [oddity.what for oddity in odd]
 
 

@@ -8,7 +8,7 @@ import time
 
 import pytest
 
-from hpckv.usage.ledger import LedgerFile, records_in
+from hpckv.usage.ledger import LedgerFile, records_in, verified_lines
 from hpckv.usage.meter import Meter
 from hpckv.usage.record import Counters, Record
 
@@ -32,7 +32,7 @@ def ledger_file(folder) -> LedgerFile:
 
 def records(file: LedgerFile) -> list[Record]:
     odd: list = []
-    return list(records_in(file.path, file.path.read_bytes(), os.getuid(), odd.append))
+    return list(records_in(file.path, verified_lines(file.path.read_bytes()), os.getuid(), odd.append))
 
 
 def test_a_record_at_the_start_one_each_interval_and_one_at_the_end(tmp_path):

@@ -11,7 +11,7 @@ from hpckv.store.policy import StorePolicy
 from hpckv.store.root import StoreRoot
 from hpckv.usage.columns import COLUMNS
 from hpckv.usage.gather import gather
-from hpckv.usage.ledger import LedgerFile, digest, encode, records_in
+from hpckv.usage.ledger import LedgerFile, digest, encode, records_in, verified_lines
 from hpckv.usage.points import PointsConfig
 from hpckv.usage.query import Accounts, Question
 from hpckv.usage.record import Counters, Record
@@ -83,7 +83,7 @@ def test_a_record_with_unknown_fields_counts_and_one_without_energy_too(store):
         whole = body + b',"crc":"' + digest(body).encode() + b'"}\n'
         path.write_bytes(whole if number == 0 else path.read_bytes() + whole)
     odd: list = []
-    records = list(records_in(path, path.read_bytes(), os.getuid(), odd.append))
+    records = list(records_in(path, verified_lines(path.read_bytes()), os.getuid(), odd.append))
     assert (len(records), odd) == (2, [])
     assert [record.energy_j for record in records] == [None, None]
     assert energy_by_job(store) == {"1": (16, None)}
