@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import os
 import stat
-from collections.abc import Callable, Collection, Iterable, Iterator
-from contextlib import suppress
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from functools import cache
 from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from hpckv.store.foreign_file import UnusableFileError, open_trusted
 from hpckv.store.layout import StoreLayout
@@ -18,9 +16,6 @@ from hpckv.store.survey import users
 from hpckv.usage.ledger import Oddity, Verified, digest, month_of, records_in, verified_lines
 from hpckv.usage.months import RolledUp, new_database, read_rolled_up
 from hpckv.usage.record import Record
-
-if TYPE_CHECKING:
-    import duckdb
 
 _LARGEST_FILE = 256 * 1024**2
 """A record a minute fills it in 600 years; what is longer is no ledger."""
@@ -63,6 +58,14 @@ class LedgerPath:
         return f"{self.uid}/{self.path.name}"
 
 
+Ledger = tuple[str, str]
+"""What one writer did in a month, wherever it lies: the month, and UID/WRITER."""
+
+
+def _ledger(month: str, key: str) -> Ledger:
+    return month, key.removesuffix(".jsonl").partition(".after-")[0]
+
+
 @dataclass
 class Gathered:
     """What was found."""
@@ -75,39 +78,135 @@ class Gathered:
 
 
 def gather(stores: Iterable[Path], runs: Iterable[Path], start: float, end: float) -> Gathered:
-    """Records of stores and of run directories whose month has a part in [start, end), seconds since 1970."""
-    found, database = Gathered(), cache(new_database)
-    first, last = month_of(max(0.0, start)), month_of(min(end, 253e9))
+    """Records of stores and of run directories whose month has a part in [start, end), seconds since 1970.
+
+    A ledger that is in several of them, as one is a copy of another, counts once: as the first has it.
+    """
+    search = _Search(start, end)
     for store in dict.fromkeys(path.resolve() for path in stores):
-        layout = StoreLayout(store)
+        search.add_store(store)
+    for run in dict.fromkeys(path.resolve() for path in runs):
+        search.add_run(run)
+    return search.found
+
+
+class _Search:
+    """Goes through one source after the other."""
+
+    def __init__(self, start: float, end: float) -> None:
+        self.found = Gathered()
+        self._months = month_of(max(0.0, start)), month_of(min(end, 253e9))
+        self._database = cache(new_database)
+        self._source: dict[Ledger, Path] = {}
+        """Where a ledger was found first."""
+        self._again: dict[Path, set[Ledger]] = {}
+        """Of the source at hand: what an earlier one has."""
+
+    def add_store(self, store: Path) -> None:
+        layout, (first, last) = StoreLayout(store), self._months
         files: dict[str, list[LedgerPath]] = {}
-        for file in store_files(layout, first, last):
+        for file in store_files(layout, first, last, self.found):
             files.setdefault(file.month, []).append(file)
-        for path in sorted(layout.rolled_up.glob("*.parquet")):
-            if first <= path.stem <= last and (rolled := _rolled_up(path, store.stat().st_uid, found, database)):
+        owner = store.stat().st_uid
+        for path in _listed(layout.rolled_up, self.found):
+            if path.suffix == ".parquet" and first <= path.stem <= last and (rolled := self._rolled_up(path, owner)):
                 here = files.get(path.stem, [])
                 files[path.stem] = [file for file in here if file.key not in rolled.files]
-                found.months.append(_beside(rolled, layout, here, found))
-        for file in chain.from_iterable(files.values()):
-            read_file(file, found)
-    for run in dict.fromkeys(path.resolve() for path in runs):
-        for path in sorted((run / "ledger").glob("*/*.jsonl")):
-            if first <= path.parent.name <= last:
-                with suppress(OSError):
-                    read_file(LedgerPath(path, path.lstat().st_uid), found)
-    return found
+                self.found.months.append(self._beside(rolled, layout, here))
+        self._add_files(chain.from_iterable(files.values()), store)
+
+    def add_run(self, run: Path) -> None:
+        paths = _month_files(run / "ledger", *self._months, self.found)
+        statuses = ((path, _status(path, self.found)) for path in paths)
+        self._add_files((LedgerPath(path, status.st_uid) for path, status in statuses if status), run)
+
+    def _add_files(self, files: Iterable[LedgerPath], source: Path) -> None:
+        """The last of a source."""
+        for file in files:
+            ledger = _ledger(file.month, file.key)
+            if not self._is_elsewhere(ledger, source) and read_file(file, self.found):
+                self._source[ledger] = source
+        for other, ledgers in self._again.items():
+            self.found.oddities.append(Oddity(source, f"the same ledgers as in {other}, counted once: {len(ledgers)}"))
+        self._again.clear()
+
+    def _is_elsewhere(self, ledger: Ledger, source: Path) -> bool:
+        """Whether an earlier source has it, which is said at the end of this one."""
+        first = self._source.get(ledger, source)
+        if first != source:
+            self._again.setdefault(first, set()).add(ledger)
+        return first != source
+
+    def _rolled_up(self, path: Path, owner: int) -> RolledUp | None:
+        try:
+            return read_rolled_up(path, owner, self._database)
+        except UnusableFileError as error:
+            what = f"not used, its month's files are read instead: {error}"
+            self.found.oddities.append(Oddity(path, what))
+            return None
+
+    def _beside(self, rolled: RolledUp, layout: StoreLayout, here: Iterable[LedgerPath]) -> RolledUp:
+        """The month beside the files that are there, of which those are read that have grown."""
+        ledgers = {key: _ledger(rolled.month, key) for key in rolled.files}
+        stale = {key for key, ledger in ledgers.items() if self._is_elsewhere(ledger, layout.root)}
+        self._source.update((ledger, layout.root) for key, ledger in ledgers.items() if key not in stale)
+        for file in here:
+            length, last = rolled.files.get(file.key, (0, ""))
+            if not length or file.key in stale or not (status := _status(file.path, self.found)):
+                continue
+            size = status.st_size if stat.S_ISREG(status.st_mode) else 0
+            if size < length:
+                self.found.oddities.append(Oddity(file.path, CHANGED))
+            elif size > length and read_file(file, self.found, (length, last)):
+                stale.add(file.key)
+        repeat_oddities(rolled, rolled.files.keys() - stale, layout, self.found)
+        return replace(rolled, stale=frozenset(stale))
 
 
-def store_files(layout: StoreLayout, first: str, last: str) -> Iterator[LedgerPath]:
-    """Ledger files of months `first` to `last`, of everybody."""
+def repeat_oddities(rolled: RolledUp, keys: Collection[str], layout: StoreLayout, found: Gathered) -> None:
+    """Add what was odd about these files when the month was rolled up, unless it has been found again."""
+    known = {(oddity.path, oddity.what) for oddity in found.oddities}
+    for key, what, num_bytes in rolled.odd:
+        if key in keys:
+            path = LedgerPath.of_key(layout, rolled.month, key).path
+            found.oddities += [Oddity(path, what, num_bytes)] if (path, what) not in known else []
+
+
+def store_files(layout: StoreLayout, first: str, last: str, found: Gathered) -> Iterator[LedgerPath]:
+    """Ledger files of months `first` to `last`, of everybody; `found` gets to know which folders cannot be listed."""
     for uid, _ in sorted(users(layout)):
-        with suppress(OSError):
-            for month in sorted(os.listdir(layout.ledger(uid))):
-                if first <= month <= last:
-                    with suppress(OSError):
-                        folder = layout.ledger(uid) / month
-                        names = sorted(os.listdir(folder))
-                        yield from (LedgerPath(folder / name, uid) for name in names if name.endswith(".jsonl"))
+        yield from (LedgerPath(path, uid) for path in _month_files(layout.ledger(uid), first, last, found))
+
+
+def _month_files(folder: Path, first: str, last: str, found: Gathered) -> Iterator[Path]:
+    months = [month for month in _listed(folder, found) if first <= month.name <= last]
+    for month in months:
+        yield from (path for path in _listed(month, found) if path.suffix == ".jsonl")
+
+
+def _listed(folder: Path, found: Gathered) -> list[Path]:
+    """What lies in a folder, in order; one that is not there is empty, and one that cannot be listed is odd."""
+    try:
+        names = sorted(os.listdir(folder))
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+    except OSError as error:
+        found.oddities.append(Oddity(folder, f"left out: {error.strerror}"))
+        return []
+    if not all(map(str.isprintable, names)):  # no writer has such a name, and neither a database nor a screen should
+        found.oddities.append(Oddity(folder, "left out: names with characters that do not print"))
+    return [folder / name for name in names if name.isprintable()]
+
+
+def _status(path: Path, found: Gathered) -> os.stat_result | None:
+    """None if the file is gone, or if nobody says what it is, which is odd."""
+    try:
+        return path.lstat()
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        found.oddities.append(Oddity(path, f"left out: {error.strerror}"))
+        return None
 
 
 def read_file(file: LedgerPath, found: Gathered, rolled: tuple[int, str] = (0, "")) -> tuple[int, str] | None:
@@ -155,44 +254,3 @@ def _goes_on(content: bytes, verified: Verified, length: int, last: str) -> bool
         return False
     line = content[:length].removesuffix(b"\n").rpartition(b"\n")[2]
     return length == 0 or (content[length - 1 : length] == b"\n" and digest(line) == last)
-
-
-def _rolled_up(
-    path: Path, uid: int, found: Gathered, database: Callable[[], duckdb.DuckDBPyConnection]
-) -> RolledUp | None:
-    try:
-        return read_rolled_up(path, uid, database)
-    except UnusableFileError as error:
-        found.oddities.append(Oddity(path, f"not used, its month's files are read instead: {error}"))
-        return None
-
-
-def _beside(rolled: RolledUp, layout: StoreLayout, here: Iterable[LedgerPath], found: Gathered) -> RolledUp:
-    """The month beside the files that are there, of which those are read that have grown."""
-    stale = set()
-    for file in here:
-        length, last = rolled.files.get(file.key, (0, ""))
-        size = _size(file.path)
-        if length and size < length:
-            found.oddities.append(Oddity(file.path, CHANGED))
-        elif length and size > length and read_file(file, found, (length, last)):
-            stale.add(file.key)
-    repeat_oddities(rolled, rolled.files.keys() - stale, layout, found)
-    return replace(rolled, stale=frozenset(stale))
-
-
-def repeat_oddities(rolled: RolledUp, keys: Collection[str], layout: StoreLayout, found: Gathered) -> None:
-    """Add what was odd about these files when the month was rolled up, unless it has been found again."""
-    known = {(oddity.path, oddity.what) for oddity in found.oddities}
-    for key, what, num_bytes in rolled.odd:
-        if key in keys:
-            path = LedgerPath.of_key(layout, rolled.month, key).path
-            found.oddities += [Oddity(path, what, num_bytes)] if (path, what) not in known else []
-
-
-def _size(path: Path) -> int:
-    try:
-        status = path.lstat()
-        return status.st_size if stat.S_ISREG(status.st_mode) else 0
-    except OSError:
-        return 0

@@ -25,7 +25,8 @@ GRACE_S = 86400.0
 def closed_months(root: StoreRoot, now: float | None = None) -> list[str]:
     """YYYY-MM of which there are ledger files and which are over."""
     last = month_of((time.time() if now is None else now) - GRACE_S)
-    return sorted({file.month for file in store_files(root.layout, "0000-00", last) if file.month < last})
+    files = store_files(root.layout, "0000-00", last, Gathered())  # what is odd is said when its month is rolled up
+    return sorted({file.month for file in files if file.month < last})
 
 
 def roll_up(root: StoreRoot, month: str, on_file: Callable[[], None] = lambda: None) -> tuple[int, list[Oddity]]:
@@ -43,7 +44,7 @@ def roll_up(root: StoreRoot, month: str, on_file: Callable[[], None] = lambda: N
         earlier = _earlier(target, found)
     except OtherVersionError as error:
         return 0, [Oddity(target, f"left as it is: {error}")]
-    for file in store_files(layout, month, month):
+    for file in store_files(layout, month, month, found):
         valid = read_file(file, found, earlier.files.get(file.key, (0, "")))
         if valid is not None:
             files[file.key] = valid
@@ -62,8 +63,9 @@ def roll_up(root: StoreRoot, month: str, on_file: Callable[[], None] = lambda: N
             f"COPY (SELECT * FROM records ORDER BY uid, writer, seq) TO {quoted(str(path))} "
             f"(FORMAT parquet, COMPRESSION zstd, KV_METADATA {{hpckv: {quoted(description(files, odd))}}})"
         )
-        layout.rolled_up.mkdir(mode=0o750, exist_ok=True)
         group = root.policy.group
+        layout.rolled_up.mkdir(exist_ok=True)
+        layout.rolled_up.chmod(0o700 if group is None else 0o2750)  # members read it whatever the umask is
         publish(target, [path.read_bytes()], mode=0o600 if group is None else 0o640, gid=group)
     ((count,),) = con.execute("SELECT count(*) FROM records").fetchall()
     return count, found.oddities

@@ -5,14 +5,17 @@ import io
 import json
 import os
 import sys
+import time
+from pathlib import Path
 
 import pytest
 
 from hpckv.cli.main import main
 from hpckv.store.policy import StorePolicy
 from hpckv.store.root import StoreRoot
-from hpckv.usage.ledger import LedgerFile
+from hpckv.usage.ledger import LedgerFile, month_of
 from hpckv.usage.record import Counters, Record
+from hpckv.usage.rollup import roll_up
 from tests.store.users import GROUPS, MEMBER, OTHER, OWNER, PROJECT, STRANGER, as_user, reachable
 
 pytestmark = pytest.mark.root
@@ -97,6 +100,42 @@ def test_who_has_left_the_group_sees_not_even_own_jobs(store, monkeypatch):
     monkeypatch.setitem(GROUPS, MEMBER, [62002])
     assert acct(MEMBER, store)[:2] == (77, "")
     assert acct(MEMBER, store, "-a")[:2] == (77, "")
+
+
+def test_months_rolled_up_under_the_strictest_umask_are_everybody_s(store):
+    month = month_of(time.time())
+
+    def roll() -> object:
+        return roll_up(StoreRoot.open(Path(store)), month)[0]
+
+    assert as_user(OWNER, roll) == 3
+    layout = StoreRoot.open(Path(store)).layout
+    assert layout.rolled_up.stat().st_mode & 0o7777 == 0o2750
+    layout.ledger(OTHER).rename(layout.user(OTHER) / "gone")
+    by_user = rows(MEMBER, store, "--group-by", "user", "-o", "User,PromptTok")
+    assert {row["PromptTok"] for row in by_user} == {1, 10, 100}
+
+
+@pytest.mark.parametrize("closed", ["", "ledger", "ledger/MONTH"])
+def test_who_closes_the_own_folder_is_named_and_left_out(store, closed):
+    folder = Path(store) / "u" / str(OTHER) / closed.replace("MONTH", month_of(time.time()))
+    folder.chmod(0o700)
+    code, said, wrong = acct(MEMBER, store, "--json", "--group-by", "user", "-o", "User,PromptTok")
+    found = json.loads(said)
+    assert code == 0
+    assert {row["PromptTok"] for row in found["rows"]} == {1, 10}
+    inside = folder if closed else folder / "ledger"
+    assert found["oddities"] == [{"file": str(inside), "what": "left out: Permission denied"}]
+    assert f"{inside}: left out: Permission denied" in wrong
+
+
+def test_a_roll_up_that_members_may_not_see_is_named_and_its_month_s_files_are_read(store):
+    as_user(OWNER, lambda: roll_up(StoreRoot.open(Path(store)), month_of(time.time()))[0])
+    (Path(store) / "plan" / "ledger").chmod(0o700)
+    code, said, _ = acct(MEMBER, store, "--json", "--group-by", "user", "-o", "User,PromptTok")
+    found = json.loads(said)
+    assert (code, {row["PromptTok"] for row in found["rows"]}) == (0, {1, 10, 100})
+    assert [oddity["what"] for oddity in found["oddities"]] == ["left out: Permission denied"]
 
 
 def test_a_private_store_s_ledger_is_its_owner_s(tmp_path):
