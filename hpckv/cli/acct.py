@@ -139,7 +139,7 @@ def acct(
         return
     if balance:
         question = balance_question(question)
-    found = gather(stores, runs, question.start, question.end)
+    found = gather(stores, runs, question.start, question.end, question.uids)
     accounts = Accounts(found, points, user_name)
     for oddity in found.oddities:
         _log.warning("%s: %s", oddity.path, oddity.what)

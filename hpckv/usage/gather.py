@@ -19,6 +19,8 @@ from hpckv.usage.record import Record
 
 _LARGEST_FILE = 256 * 1024**2
 """A record a minute fills it in 600 years; what is longer is no ledger."""
+CLOCKS_DIFFER_S = 86400.0
+"""Most that a node's clock, which records go by, is ahead of the file server's, which says when a file was written."""
 _MOST_ODDITIES = 10
 """Of one file, before the rest is only counted: who writes nonsense fills nobody's screen."""
 AS_ROLLED_UP = "counted as it was rolled up"
@@ -77,12 +79,15 @@ class Gathered:
     num_files: int = 0
 
 
-def gather(stores: Iterable[Path], runs: Iterable[Path], start: float, end: float) -> Gathered:
-    """Records of stores and of run directories whose month has a part in [start, end), seconds since 1970.
+def gather(
+    stores: Iterable[Path], runs: Iterable[Path], start: float, end: float, uids: Collection[int] | None = None
+) -> Gathered:
+    """Records of stores and of run directories that may have ended in [start, end), seconds since 1970, and others.
 
-    A ledger that is in several of them, as one is a copy of another, counts once: as the first has it.
+    With `uids` no ledger file of anybody else is read; rolled-up months have everybody's all the same. A ledger that is in several
+    sources, as one is a copy of another, counts once: as the first has it.
     """
-    search = _Search(start, end)
+    search = _Search(start, end, uids)
     for store in dict.fromkeys(path.resolve() for path in stores):
         search.add_store(store)
     for run in dict.fromkeys(path.resolve() for path in runs):
@@ -93,8 +98,9 @@ def gather(stores: Iterable[Path], runs: Iterable[Path], start: float, end: floa
 class _Search:
     """Goes through one source after the other."""
 
-    def __init__(self, start: float, end: float) -> None:
+    def __init__(self, start: float, end: float, uids: Collection[int] | None) -> None:
         self.found = Gathered()
+        self._start, self._uids = start, uids
         self._months = month_of(max(0.0, start)), month_of(min(end, 253e9))
         self._database = cache(new_database)
         self._source: dict[Ledger, Path] = {}
@@ -105,7 +111,7 @@ class _Search:
     def add_store(self, store: Path) -> None:
         layout, (first, last) = StoreLayout(store), self._months
         files: dict[str, list[LedgerPath]] = {}
-        for file in store_files(layout, first, last, self.found):
+        for file in store_files(layout, first, last, self.found, self._uids):
             files.setdefault(file.month, []).append(file)
         owner = store.stat().st_uid
         for path in _listed(layout.rolled_up, self.found):
@@ -113,22 +119,33 @@ class _Search:
                 here = files.get(path.stem, [])
                 files[path.stem] = [file for file in here if file.key not in rolled.files]
                 self.found.months.append(self._beside(rolled, layout, here))
-        self._add_files(chain.from_iterable(files.values()), store)
+        unread = chain.from_iterable(files.values())
+        self._add_files(((file, _status(file.path, self.found)) for file in unread), store)
 
     def add_run(self, run: Path) -> None:
         paths = _month_files(run / "ledger", *self._months, self.found)
         statuses = ((path, _status(path, self.found)) for path in paths)
-        self._add_files((LedgerPath(path, status.st_uid) for path, status in statuses if status), run)
+        owned = ((LedgerPath(path, status.st_uid), status) for path, status in statuses if status)
+        self._add_files(((file, status) for file, status in owned if self._is_asked_about(file.uid)), run)
 
-    def _add_files(self, files: Iterable[LedgerPath], source: Path) -> None:
+    def _add_files(self, files: Iterable[tuple[LedgerPath, os.stat_result | None]], source: Path) -> None:
         """The last of a source."""
-        for file in files:
+        for file, status in files:
             ledger = _ledger(file.month, file.key)
-            if not self._is_elsewhere(ledger, source) and read_file(file, self.found):
+            if status is None or self._is_before(status) or self._is_elsewhere(ledger, source):
+                continue
+            if read_file(file, self.found):
                 self._source[ledger] = source
         for other, ledgers in self._again.items():
             self.found.oddities.append(Oddity(source, f"the same ledgers as in {other}, counted once: {len(ledgers)}"))
         self._again.clear()
+
+    def _is_asked_about(self, uid: int) -> bool:
+        return self._uids is None or uid in self._uids
+
+    def _is_before(self, status: os.stat_result) -> bool:
+        """Whether a file holds nothing of the window: a writer appends in the order of `t1`, and the last time was before it."""
+        return status.st_mtime < self._start - CLOCKS_DIFFER_S
 
     def _is_elsewhere(self, ledger: Ledger, source: Path) -> bool:
         """Whether an earlier source has it, which is said at the end of this one."""
@@ -154,12 +171,16 @@ class _Search:
             length, last = rolled.files.get(file.key, (0, ""))
             if not length or file.key in stale or not (status := _status(file.path, self.found)):
                 continue
+            if self._is_before(status):
+                continue
             size = status.st_size if stat.S_ISREG(status.st_mode) else 0
             if size < length:
                 self.found.oddities.append(Oddity(file.path, CHANGED))
             elif size > length and read_file(file, self.found, (length, last)):
                 stale.add(file.key)
-        repeat_oddities(rolled, rolled.files.keys() - stale, layout, self.found)
+        counted = rolled.files.keys() - stale
+        asked_about = {key for key in counted if self._is_asked_about(int(key.partition("/")[0]))}
+        repeat_oddities(rolled, asked_about, layout, self.found)
         return replace(rolled, stale=frozenset(stale))
 
 
@@ -172,10 +193,13 @@ def repeat_oddities(rolled: RolledUp, keys: Collection[str], layout: StoreLayout
             found.oddities += [Oddity(path, what, num_bytes)] if (path, what) not in known else []
 
 
-def store_files(layout: StoreLayout, first: str, last: str, found: Gathered) -> Iterator[LedgerPath]:
-    """Ledger files of months `first` to `last`, of everybody; `found` gets to know which folders cannot be listed."""
+def store_files(
+    layout: StoreLayout, first: str, last: str, found: Gathered, uids: Collection[int] | None = None
+) -> Iterator[LedgerPath]:
+    """Ledger files of months `first` to `last`, of these users or everybody; `found` gets to know what cannot be listed."""
     for uid, _ in sorted(users(layout)):
-        yield from (LedgerPath(path, uid) for path in _month_files(layout.ledger(uid), first, last, found))
+        if uids is None or uid in uids:
+            yield from (LedgerPath(path, uid) for path in _month_files(layout.ledger(uid), first, last, found))
 
 
 def _month_files(folder: Path, first: str, last: str, found: Gathered) -> Iterator[Path]:

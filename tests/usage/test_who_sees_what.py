@@ -116,6 +116,11 @@ def test_months_rolled_up_under_the_strictest_umask_are_everybody_s(store):
     assert {row["PromptTok"] for row in by_user} == {1, 10, 100}
 
 
+def test_of_one_s_own_jobs_nobody_else_s_ledger_is_read(store):
+    (Path(store) / "u" / str(OTHER) / "ledger").chmod(0o700)
+    assert [(row["JobID"], row["PromptTok"]) for row in rows(MEMBER, store)] == [(str(MEMBER), 10)]
+
+
 @pytest.mark.parametrize("closed", ["", "ledger", "ledger/MONTH"])
 def test_who_closes_the_own_folder_is_named_and_left_out(store, closed):
     folder = Path(store) / "u" / str(OTHER) / closed.replace("MONTH", month_of(time.time()))
