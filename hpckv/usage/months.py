@@ -55,7 +55,7 @@ def description(files: dict[str, tuple[int, str]], odd: Iterable[tuple[str, str,
 
 
 def read_rolled_up(path: Path, uid: int, database: Callable[[], duckdb.DuckDBPyConnection] = new_database) -> RolledUp:
-    """Raises `UnusableFileError` if the file is not `uid`'s or damaged, of it `OtherVersionError`."""
+    """Raises `OtherVersionError`, or another `UnusableFileError` if the file is not `uid`'s or damaged."""
     import duckdb
 
     try:

@@ -98,3 +98,17 @@ def test_a_file_of_a_rolled_up_month_that_grew_before_the_window_is_not_read(sto
 def test_a_month_is_rolled_up_whole_whatever_its_files_say_of_when_they_were_written(store):
     os.utime(work(store.layout.ledger(os.getuid()), os.getuid(), 20), (0, 0))
     assert roll_up(store, "2026-10") == (1, [])
+
+
+@pytest.mark.parametrize("name", [b"\xff.jsonl", b"1\x1b[2J.jsonl", b"1\n.jsonl"])
+def test_names_that_no_writer_has_and_no_screen_should_show_are_left_out_and_the_month_is_rolled_up(store, name):
+    path = work(store.layout.ledger(os.getuid()), os.getuid(), 3)
+    odd = os.path.join(os.fsencode(path.parent), name)
+    Path(os.fsdecode(odd)).write_bytes(path.read_bytes())
+    for _ in range(2):
+        found = gather([store.layout.root], [], OCTOBER_1, OCTOBER_1 + 30 * DAY)
+        assert [(o.path, o.what) for o in found.oddities] == [
+            (path.parent, "left out: names with characters that do not print")
+        ]
+        count, oddities = roll_up(store, "2026-10")
+        assert (count, len(oddities)) == (1, 1)
