@@ -19,8 +19,22 @@ class End:
     """What a start said when it ended."""
 
     code: int
-    is_last: bool
-    """Whether nothing goes on by itself."""
+    goes_on: str
+    """`stop` if nothing goes on by itself, `requeue` or `chain`; `ended` from outside, and Slurm knows what comes then."""
+
+    @property
+    def is_last(self) -> bool:
+        """Whether nothing goes on, whatever Slurm says."""
+        return self.goes_on == "stop"
+
+
+@dataclass(frozen=True)
+class LastStart:
+    """The newest start of an array task."""
+
+    job: str
+    """Its own number, which a task of an array has too."""
+    end: End | None
 
 
 def submitted_jobs(directory: Path) -> list[str]:
@@ -52,12 +66,12 @@ def newest_job(folder: Path) -> str | None:
     return jobs[-1] if jobs else None
 
 
-def last_starts(folder: Path) -> list[Path]:
-    """The newest start's file of every array task that began."""
-    newest: dict[str, Path] = {}
+def last_starts(folder: Path) -> dict[int, LastStart]:
+    """Of every array task that began; 0 is the task of a job that is no array."""
+    newest: dict[int, Path] = {}
     for path in sorted((folder / "starts").glob("*")):
-        newest[path.name.partition(".")[0]] = path
-    return list(newest.values())
+        newest[int(path.name.partition(".")[0])] = path
+    return {index: LastStart(path.name.rpartition(".")[2], read_end(path)) for index, path in newest.items()}
 
 
 def read_end(path: Path) -> End | None:
@@ -66,4 +80,4 @@ def read_end(path: Path) -> End | None:
     parts = words[0].split() if words else []
     if len(parts) != 5 or parts[0] != "end":
         return None
-    return End(int(parts[3]), parts[4] == "stop")
+    return End(int(parts[3]), parts[4])

@@ -12,6 +12,8 @@ _log = logging.getLogger(__name__)
 
 _PATIENCE_S = 20.0
 _OPEN_STATES = ("PENDING", "RUNNING", "REQUEUED", "SUSPENDED", "CONFIGURING", "COMPLETING", "RESIZING")
+_MAY_COME_BACK = ("PREEMPTED", "NODE_FAIL")
+"""What `sacct` calls a start until it hears of the next."""
 
 
 @dataclass(frozen=True)
@@ -32,26 +34,27 @@ class JobState:
         return self.state.startswith(_OPEN_STATES)
 
 
-def job_states(jobs: Sequence[str]) -> list[JobState]:
+def job_states(jobs: Sequence[str], *, with_tasks: bool = False) -> list[JobState]:
     """In the order given. Asks Slurm once, each way, for all jobs; where sites close `sacct` the others have the living ones.
 
-    Of those the controller's word counts: the accounting database hears of a start later. An array is its tasks, and those that
-    wait together are one, `7_[4-9]`.
+    Of those the controller's word counts: the accounting database hears of a start later. A task of an array is known as
+    ARRAY_TASK and by its own number. `with_tasks` a number is an array's, if it can be, and stands for all its tasks; those
+    that wait together are one, `7_[4-9]`.
     """
-    found = {state.job: state for state in _sacct(jobs)}
+    found = {state.job: state for state in _sacct(jobs, with_tasks)}
     if living := [job for job in jobs if job not in found or found[job].is_open]:
         # Tasks that waited together may have begun by now.
         found = {name: state for name, state in found.items() if "[" not in name}
-        found |= {state.job: state for state in _squeue(living)}
-    if missing := [job for job in jobs if not _tasks(job, found)]:
+        found |= {state.job: state for state in _squeue(living, with_tasks)}
+    if away := [job for job in jobs if job in found and found[job].state.startswith(_MAY_COME_BACK)]:
+        found |= {state.job: state for state in _squeue(away, with_tasks) if state.is_open}
+    names = {job: [job] for job in jobs}
+    if with_tasks:
+        names |= {job: tasks for job in jobs if (tasks := [name for name in found if name.startswith(f"{job}_")])}
+    if missing := [job for job in jobs if not found.keys() & names[job]]:
         found |= {state.job: state for state in _scontrol(missing)}
-    named = [name for job in jobs for name in _tasks(job, found) or [job]]
-    return [found.get(name, JobState(name, "UNKNOWN")) for name in dict.fromkeys(named)]
-
-
-def _tasks(job: str, found: Iterable[str]) -> list[str]:
-    """What was found of a job: itself, or an array's tasks."""
-    return [name for name in found if name == job or name.startswith(f"{job}_")]
+    wanted = dict.fromkeys(name for job in jobs for name in names[job])
+    return [found.get(name, JobState(name, "UNKNOWN")) for name in wanted]
 
 
 def cancel(job: str) -> str:
@@ -60,16 +63,14 @@ def cancel(job: str) -> str:
     return "scancel is not here" if done is None else done.stderr.strip()
 
 
-def _sacct(jobs: Sequence[str]) -> list[JobState]:
-    columns = "JobID,State,Elapsed,ExitCode,NodeList"
-    rows = _rows(["sacct", "-n", "-X", "-P", "-j", ",".join(jobs), "-o", columns], 5)
-    asked = tuple(f"{job}_" for job in jobs)
-    return [JobState(row[0], *row[1:]) for row in rows if row[0] in jobs or row[0].startswith(asked)]
+def _sacct(jobs: Sequence[str], with_tasks: bool) -> list[JobState]:
+    columns = "JobID,JobIDRaw,State,Elapsed,ExitCode,NodeList"
+    return _states(jobs, _rows(["sacct", "-n", "-X", "-P", "-j", ",".join(jobs), "-o", columns], 6), with_tasks)
 
 
-def _squeue(jobs: Sequence[str]) -> list[JobState]:
-    rows = _rows(["squeue", "-h", "-a", "-j", ",".join(jobs), "-t", "all", "-o", "%i|%T|%M|%R"], 4)
-    return [JobState(job, state, elapsed, "", reason) for job, state, elapsed, reason in rows]
+def _squeue(jobs: Sequence[str], with_tasks: bool) -> list[JobState]:
+    rows = _rows(["squeue", "-h", "-a", "-j", ",".join(jobs), "-t", "all", "-o", "%i|%A|%T|%M||%R"], 6)
+    return _states(jobs, rows, with_tasks)
 
 
 def _scontrol(jobs: Sequence[str]) -> list[JobState]:
@@ -82,6 +83,14 @@ def _scontrol(jobs: Sequence[str]) -> list[JobState]:
         values = [shown.get(name, "") for name in ("JobState", "RunTime", "ExitCode", "NodeList")]
         found.append(JobState(job, *values))
     return found
+
+
+def _states(jobs: Sequence[str], rows: Sequence[Sequence[str]], with_tasks: bool) -> list[JobState]:
+    """Of rows that begin with a job's two numbers, ARRAY_TASK and its own; one of an array's tasks has the array's own."""
+    if with_tasks:
+        arrays = tuple(f"{job}_" for job in jobs)
+        return [JobState(row[0], *row[2:]) for row in rows if row[0] in jobs or row[0].startswith(arrays)]
+    return [JobState(name, *row[2:]) for row in rows for name in row[:2] if name in jobs]
 
 
 def _rows(command: list[str], columns: int) -> list[list[str]]:

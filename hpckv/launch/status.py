@@ -92,7 +92,7 @@ def read_status(directory: Path) -> RunStatus:
             recent.popleft()
     errors = directory / "errors.jsonl"
     status.failed = errors.read_bytes().count(b"\n") if errors.exists() else 0
-    status.jobs = job_states(_jobs(starts, submitted)) + [job.state for job in here]
+    status.jobs = job_states(_jobs(starts, submitted), with_tasks=True) + [job.state for job in here]
     status.state = _state(status, starts)
     if recent and starts:
         status.last_answer_s = max(0.0, time.time() - recent[-1][0])

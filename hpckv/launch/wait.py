@@ -5,10 +5,11 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from hpckv.errors import EXIT_DRAINED, EXIT_FAILED_REQUESTS, EXIT_OK
-from hpckv.launch.folder import last_starts, newest_job, read_codes, read_end
+from hpckv.launch.folder import End, last_starts, newest_job, read_codes
 from hpckv.launch.script import array_indexes
 from hpckv.launch.slurm_jobs import JobState, job_states
 from hpckv.launch.submit import Submitted
@@ -24,24 +25,27 @@ def wait_for_run(submitted: Submitted, answered: Callable[[int], None]) -> int:
     """The run's exit code. `answered` is told how many complete answers there are, every now and then."""
     if submitted.local is not None:
         return _wait_here(submitted, answered)
-    folder, run_folder = submitted.folder, submitted.prepared.script.run_folder
-    indexes = array_indexes(submitted.prepared.script.slurm.array)
-    ask_s, asked, said = _FIRST_ASK_S, time.monotonic(), ""
+    run_folder = submitted.prepared.script.run_folder
+    ask_s, asked, said, ended = _FIRST_ASK_S, time.monotonic(), "", 0
     while True:
         answered(count_answers(run_folder))
-        ends = [end for path in last_starts(folder) if (end := read_end(path)) and end.is_last]
-        if len(ends) == max(1, len(indexes)):
-            return run_code([end.code for end in ends])
+        tasks = _tasks(submitted)
+        left = [task for task in tasks if not task.is_over]
+        if not left:
+            return run_code([task.end.code for task in tasks if task.end])
+        ended, before = sum(task.is_ended for task in left), ended
+        if ended > before:
+            ask_s = _FIRST_ASK_S  # Slurm knows by now whether it starts again
         if time.monotonic() - asked >= ask_s:
-            newest = newest_job(folder) or submitted.job
-            states = job_states([f"{newest}_{index}" for index in indexes] or [newest])
+            states = job_states([task.job for task in left])
             asked, ask_s = time.monotonic(), min(_SELDOM_S, 1.5 * ask_s)
             text = ", ".join(f"{one.job}: {one.state} {one.reason}".strip() for one in states)
             if text != said:
                 _log.info("job %s", text)
                 said = text
-            if all(map(_is_over, states)) and (newest_job(folder) or newest) == newest:
-                return run_code([_code_of(state) for state in states])
+            if all(map(_is_over, states)) and _tasks(submitted) == tasks:
+                codes = [task.end.code for task in tasks if task.end and task.is_over]
+                return run_code(codes + [_code_of(task, state) for task, state in zip(left, states, strict=True)])
         time.sleep(_LOOK_S)
 
 
@@ -57,12 +61,45 @@ def count_answers(run_folder: Path) -> int:
     return sum(path.read_bytes().count(b"\n") for path in paths if path.exists())
 
 
+@dataclass(frozen=True)
+class _Task:
+    """One job of those that work on the run; of an array, one of its tasks."""
+
+    job: str
+    """In which it is now, or will be, as Slurm can be asked for it."""
+    end: End | None
+
+    @property
+    def is_over(self) -> bool:
+        return self.end is not None and self.end.is_last
+
+    @property
+    def is_ended(self) -> bool:
+        return self.end is not None and self.end.goes_on == "ended"
+
+
+def _tasks(submitted: Submitted) -> list[_Task]:
+    indexes = array_indexes(submitted.prepared.script.slurm.array)
+    starts, newest = last_starts(submitted.folder), newest_job(submitted.folder) or submitted.job
+    found = []
+    for index in indexes or [0]:
+        start = starts.get(index)
+        if start is None or (start.end is not None and start.end.goes_on == "chain"):
+            job = f"{newest}_{index}" if indexes else newest
+        else:
+            job = start.job
+        found.append(_Task(job, start.end if start else None))
+    return found
+
+
 def _is_over(state: JobState) -> bool:
     return not state.is_open and state.state != "UNKNOWN"
 
 
-def _code_of(state: JobState) -> int:
-    """Of a job that could not say it itself: it was killed, or cancelled before it began."""
+def _code_of(task: _Task, state: JobState) -> int:
+    """By its own word; of a job that could not say it, by Slurm's: it was killed, or cancelled before it began."""
+    if task.end is not None:
+        return task.end.code
     code, _, signal = state.exit_code.partition(":")
     if signal.isdigit() and int(signal):
         return 128 + int(signal)

@@ -177,13 +177,12 @@ hpckv_worker() {
     code=$?
     hpckv_stop_budget
     hpckv_remove_caches
-    if [ "$code" -ne 75 ]; then
-        hpckv_end "$code"
-    elif [ -n "$hpckv_ended" ]; then
-        hpckv_say "ended from outside; requests are left, and the next start goes on from here"
-        hpckv_end 75
+    if [ "$code" -eq 75 ] && [ -z "$hpckv_ended" ]; then
+        hpckv_continue
+    elif [ -n "$hpckv_ended" ] && [[ $code != [03] ]]; then
+        hpckv_end_outside "$code"
     fi
-    hpckv_continue
+    hpckv_end "$code"
 }
 
 hpckv_here() {

@@ -6,7 +6,8 @@
 #   HPCKV_MAX_POINTS             points of all starts together, each node costing HPCKV_POINTS_PER_NODE_HOUR
 #
 # Every start leaves a file, so that nodes need not append to one: its first line when it begins (start JOB SECONDS NODES LIMIT ANSWERS), its
-# last when it ends (end JOB SECONDS CODE NEXT). They lie in hpckv_folder or in HPCKV_RUN_DIR; without either only starts are counted.
+# last when it ends (end JOB SECONDS CODE NEXT). NEXT is requeue or chain, stop if nothing goes on by itself, or ended: from outside, and
+# whether the job starts again only Slurm knows. They lie in hpckv_folder or in HPCKV_RUN_DIR; without either only starts are counted.
 
 # Seconds of a time as Slurm writes it.
 hpckv_seconds() {
@@ -106,6 +107,13 @@ hpckv_exit() {
 hpckv_end() {
     [ -z "${2:-}" ] || hpckv_say "$2"
     hpckv_note_end "$1" stop
+    exit "$1"
+}
+
+# hpckv_end_outside CODE: the last word of a start that scancel, a requeue or a job of more worth has ended.
+hpckv_end_outside() {
+    [ "$1" -ne 75 ] || hpckv_say "ended from outside; requests are left, and the next start goes on from here"
+    hpckv_note_end "$1" ended
     exit "$1"
 }
 

@@ -80,8 +80,8 @@ def test_tasks_of_an_array_that_wait_are_seen_and_cancelled(tmp_path):
     tools = tmp_path / "bin"
     tools.mkdir()
     answers = {
-        "sacct": "7_0|COMPLETED|00:01:00|0:0|n1\n7_[1-5%2]|PENDING|00:00:00|0:0|None assigned",
-        "squeue": "7_1|RUNNING|0:05|n2\n7_[2-5%2]|PENDING|0:00|(JobArrayTaskLimit)",
+        "sacct": "7_0|8|COMPLETED|00:01:00|0:0|n1\n7_[1-5%2]|7|PENDING|00:00:00|0:0|None assigned",
+        "squeue": "7_1|9|RUNNING|0:05||n2\n7_[2-5%2]|7|PENDING|0:00||(JobArrayTaskLimit)",
     }
     for name, text in answers.items():
         (tools / name).write_text(f"#!/bin/sh\necho '{text}'\n")

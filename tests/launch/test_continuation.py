@@ -219,11 +219,15 @@ def test_a_signal_reaches_the_step_and_its_work_is_waited_for(tmp_path, name):
     process.send_signal(getattr(signal, f"SIG{name}"))
     said = process.communicate(timeout=60)[1]
     assert (tmp_path / "run" / "output.jsonl").read_text() == "{}\n"
+    (start,) = (tmp_path / "submit" / "starts").iterdir()
+    last = start.read_text().split()[-2:]
     if name == "USR1":
         assert (process.returncode, one.called("sbatch")[0]) == (0, "--parsable"), said
+        assert last == ["75", "chain"]
     else:  # cancelled jobs stay cancelled
         assert (process.returncode, one.called("sbatch")) == (75, []), said
         assert "ended from outside" in said
+        assert last == ["75", "ended"]  # whether it starts again is for Slurm to say
 
 
 def test_a_signal_before_the_run_listens_is_no_failure(tmp_path):
