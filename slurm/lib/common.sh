@@ -26,6 +26,7 @@ hpckv_submit=(${hpckv_sbatch[@]+"${hpckv_sbatch[@]}"} "$0" "$@")
 hpckv_step=''     # the process that works
 hpckv_drain=''    # it is to stop because the time is up
 hpckv_ended=''    # it is to stop because somebody says so
+hpckv_signal=''   # what is to be handed on to it when it is there
 hpckv_said=''     # what it says of itself when it is over
 hpckv_verb=run    # of `hpckv`, that it is
 hpckv_job=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_${SLURM_ARRAY_TASK_ID:-0}} # one task has the whole array's number as its own
@@ -41,11 +42,18 @@ hpckv_note_time script
 
 hpckv_say() { printf 'hpckv: %s\n' "$*" >&2; }
 
+hpckv_hand_on() {
+    if [ -n "$hpckv_step" ]; then
+        kill -"$1" "$hpckv_step"
+    else
+        hpckv_signal=$1
+    fi
+}
 # From the first moment: without a trap the signal would end the script.
-trap 'hpckv_drain=1; [ -z "$hpckv_step" ] || kill -USR1 "$hpckv_step"' USR1
-trap 'hpckv_drain=1; [ -z "$hpckv_step" ] || kill -USR2 "$hpckv_step"' USR2
+trap 'hpckv_drain=1; hpckv_hand_on USR1' USR1
+trap 'hpckv_drain=1; hpckv_hand_on USR2' USR2
 # scancel, or Slurm for a job of more worth: whether this job starts again is not for itself to say.
-trap 'hpckv_ended=1; [ -z "$hpckv_step" ] || kill -TERM "$hpckv_step"' TERM INT
+trap 'hpckv_ended=1; hpckv_hand_on TERM' TERM INT
 
 # shellcheck source=lib/continue.sh
 . "$hpckv_lib/continue.sh" || exit 66
@@ -135,6 +143,7 @@ hpckv_run_step() {
     # In the background: bash runs traps only while it waits, and srun hands signals on to every task.
     "$@" &
     hpckv_step=$!
+    [ -z "$hpckv_signal" ] || kill -"$hpckv_signal" "$hpckv_step" # it came while the step was begun
     while kill -0 "$hpckv_step" 2>/dev/null; do # a trap interrupts `wait`, which then has the signal's code
         wait "$hpckv_step"
     done

@@ -226,29 +226,77 @@ hpckv_continue() {
     fi
 }
 
+# hpckv_ask COMMAND...: whether Slurm did it; what it said is in hpckv_answer. Where its controller does not answer it is asked again, more and
+# more seldom, as long as this start has time: the signal comes two minutes before the end.
+hpckv_ask() {
+    local pause=1 code until=$(($(date +%s) + 100))
+    if [ "${SLURM_JOB_END_TIME:-0}" -gt 0 ] && [ "$SLURM_JOB_END_TIME" -lt "$until" ]; then
+        until=$SLURM_JOB_END_TIME
+    fi
+    for ((hpckv_asked = 0; ; hpckv_asked++)); do
+        hpckv_answer=$("$@" 2>&1)
+        code=$?
+        case $code:$hpckv_answer in
+        0:*) return ;;
+        # The first two are of `timeout`.
+        124:* | 137:* | *'Unable to contact'* | *onnection\ refused* | *onnect\ fail* | *imed\ out* | *'in standby'* | *'not responding'* | \
+            *'temporarily un'*) ;;
+        *) return "$code" ;;
+        esac
+        hpckv_answer=${hpckv_answer:-no answer}
+        [ $(($(date +%s) + pause)) -lt "$until" ] || return "$code"
+        hpckv_say "${hpckv_answer##*$'\n'}; Slurm is asked again in $pause s"
+        sleep "$pause" &
+        wait "$!" || kill "$!" 2>/dev/null # a trap interrupts it
+        [ -z "$hpckv_ended" ] || return "$code"
+        pause=$((pause * 2))
+    done
+}
+
 hpckv_requeue() {
     hpckv_say "requests are left; requeued (start $hpckv_attempt of at most ${HPCKV_ATTEMPTS:-20})"
     hpckv_note_end 75 requeue
-    trap - USR1 USR2 TERM INT # Slurm ends this start
-    if scontrol requeue "$hpckv_job"; then
+    trap '' USR1 USR2
+    trap - TERM INT # Slurm ends this start
+    # A job that is pending is one that Slurm itself has requeued: for a job of more worth, say.
+    if hpckv_ask timeout -k 1 20 scontrol requeue "$hpckv_job" || [[ $hpckv_answer == *@(is|already)\ pending* ]]; then
         sleep 60
         exit 75
     fi
-    hpckv_end 75 "this job may not be requeued; HPCKV_CONTINUE=chain submits another instead"
+    if [[ $hpckv_answer == *@(presently|equeue*)\ disabled* ]]; then
+        hpckv_end 75 "this job may not be requeued ($hpckv_answer); HPCKV_CONTINUE=chain submits another instead"
+    fi
+    hpckv_end 75 "not requeued ($hpckv_answer); the same command again goes on from here"
+}
+
+# What is asked again may have been heard the first time: the job that was submitted then, by the script that it runs, which is this job's alone.
+hpckv_find_next() {
+    [ "$hpckv_asked" -gt 0 ] || return
+    timeout -k 1 20 squeue -h -u "$(id -u)" -t PENDING -o '%A %o' 2>/dev/null |
+        script=$0 awk 'index($0, $1 " " ENVIRON["script"]) == 1 { print $1; found = 1; exit } END { exit !found }'
 }
 
 # Of this job only what sbatch itself is to know: its variables would pin the next one to this one's resources.
-hpckv_chain() {
-    local next name options=(--parsable --dependency="afterany:$SLURM_JOB_ID")
+hpckv_submit_next() (
+    options=(--parsable --dependency="afterany:$SLURM_JOB_ID")
     [ -z "${SLURM_ARRAY_TASK_ID:-}" ] || options+=(--array="$SLURM_ARRAY_TASK_ID")
-    next=$(
-        for name in $(compgen -e | grep -E '^(SLURM|SBATCH|SRUN|PMI|PMIX|OMPI)' | grep -vx SLURM_CONF); do unset "$name"; done
-        unset hpckv_in_job
-        hpckv_load_site || exit # what it has for sbatch
-        export HPCKV_ATTEMPT=$((hpckv_attempt + 1)) HPCKV_FIRST_JOB=$hpckv_first
-        # shellcheck disable=SC2154 # common.sh has it
-        sbatch "${options[@]}" "${hpckv_submit[@]}"
-    ) || hpckv_end 75 "the next job cannot be submitted"
+    hpckv_find_next && return
+    for name in $(compgen -e | grep -E '^(SLURM|SBATCH|SRUN|PMI|PMIX|OMPI)' | grep -vx SLURM_CONF); do unset "$name"; done
+    unset hpckv_in_job
+    hpckv_load_site || exit # what it has for sbatch
+    export HPCKV_ATTEMPT=$((hpckv_attempt + 1)) HPCKV_FIRST_JOB=$hpckv_first
+    # shellcheck disable=SC2154 # common.sh has it
+    timeout -k 1 30 sbatch "${options[@]}" "${hpckv_submit[@]}"
+)
+
+hpckv_chain() {
+    local next
+    hpckv_ask hpckv_submit_next || {
+        [ -z "$hpckv_ended" ] || hpckv_end_outside 75
+        hpckv_end 75 "the next job cannot be submitted ($hpckv_answer); the same command again goes on from here"
+    }
+    grep -vE '^[0-9]+(;.*)?$' <<<"$hpckv_answer" >&2 # warnings
+    next=$(grep -E '^[0-9]+(;.*)?$' <<<"$hpckv_answer" | tail -n 1)
     next=${next%%;*}
     if [ -n "${hpckv_folder:-}" ]; then
         ln -s "${SLURM_ARRAY_JOB_ID:-$SLURM_JOB_ID}_submitted.pkl" "$hpckv_folder/${next}_submitted.pkl"

@@ -35,7 +35,7 @@ class Batch:
             (self.folder / name).mkdir(parents=True)
         self.program("srun", _SRUN)
         self.program("sbatch", _OTHER.format(name="sbatch", does='echo "${NEXT_JOB:-77}"'))
-        self.program("scontrol", _OTHER.format(name="scontrol", does="kill $PPID"))
+        self.program("scontrol", _OTHER.format(name="scontrol", does='kill "$(cat "$CALLS/script")"'))
 
     def program(self, name: str, text: str) -> None:
         path = self.folder / "bin" / name
@@ -51,7 +51,9 @@ class Batch:
             lines += [f"hpckv_folder='{self.folder}/submit'", f"export -n HPCKV_RUN_DIR='{self.folder}/run'"]
         command = "hpckv_worker python3 -m submitit" if self.is_submitted else 'hpckv_main run "$@"'
         script = self.folder / "script.sh"
-        script.write_text("\n".join([*lines, f". '{LIB}/common.sh' || exit 66", command, ""]))
+        script.write_text(
+            "\n".join(['echo $$ >"$CALLS/script"', *lines, f". '{LIB}/common.sh' || exit 66", command, ""])
+        )
         arguments = [] if self.is_submitted else ["run.yaml"]
         return subprocess.run(
             ["bash", str(script), *arguments],

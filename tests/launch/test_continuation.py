@@ -15,6 +15,12 @@ def batch(tmp_path, *, is_submitted=True, **settings):
     return Batch(tmp_path, {f"HPCKV_{name.upper()}": value for name, value in settings.items()}, is_submitted)
 
 
+def last_word(one):
+    """The exit code that the only start notes, and what goes on."""
+    (start,) = (one.folder / "submit" / "starts").iterdir()
+    return " ".join(start.read_text().split()[-2:])
+
+
 def starts(one):
     return sorted(path.name for path in (one.folder / "submit" / "starts").iterdir())
 
@@ -43,12 +49,92 @@ def test_requeue(tmp_path):
     assert done.stderr == "hpckv: requests are left; requeued (start 1 of at most 20)\n"
 
 
-def test_where_requeue_fails_it_is_said(tmp_path):
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ("Requested operation is presently disabled for job 1", "HPCKV_CONTINUE=chain submits another instead"),
+        ("Job/step already completing or completed for job 1", "the same command again goes on from here"),
+        ("Job is no longer pending execution for job 1", "the same command again goes on from here"),
+    ],
+)
+def test_where_requeue_fails_slurms_words_are_said_and_what_to_do(tmp_path, words, said):
     one = batch(tmp_path, **{"continue": "requeue"})
-    one.program("scontrol", "#!/bin/bash\nexit 1\n")
+    one.program("scontrol", f"#!/bin/bash\necho >>\"$CALLS/asked\"; echo '{words}' >&2; exit 1\n")
     done = one.start("answer; exit 75")
     assert done.returncode == 75
-    assert "this job may not be requeued; HPCKV_CONTINUE=chain submits another instead" in done.stderr
+    assert f"({words}); {said}" in done.stderr
+    assert one.called("asked") == [""]
+    assert last_word(one) == "75 stop"
+
+
+AWAY = [
+    "slurm_requeue error: Unable to contact slurm controller (connect failure)",
+    "Socket timed out on send/recv operation",
+    "Connection refused",
+]
+
+
+def once(what, words, then):
+    """A program of Slurm's whose controller is away when it is called for the first time."""
+    first = f'[ -s "$CALLS/{what}" ] || {{ echo x >"$CALLS/{what}"; echo \'{words}\' >&2; exit 1; }}'
+    return f'#!/bin/bash\n{first}\nprintf "%s\\n" "$@" >>"$CALLS/{what}"\n{then}\n'
+
+
+@pytest.mark.parametrize("words", AWAY)
+def test_a_controller_that_does_not_answer_is_asked_again(tmp_path, words):
+    requeued = batch(tmp_path / "requeue", **{"continue": "requeue"})
+    requeued.program("scontrol", once("scontrol", words, 'kill "$(cat "$CALLS/script")"'))
+    done = requeued.start("answer; exit 75")
+    assert requeued.called("scontrol") == ["x", "requeue", "1"]
+    assert f"hpckv: {words}; Slurm is asked again in 1 s\n" in done.stderr
+    assert last_word(requeued) == "75 requeue"
+
+    chained = batch(tmp_path / "chain", **{"continue": "chain"})
+    chained.program("sbatch", once("sbatch", words, "echo sbatch: warning >&2; echo '78;cluster'"))
+    chained.program("squeue", "#!/bin/bash\necho '5 /elsewhere/script.sh'\n")
+    done = chained.start("answer; exit 75")
+    assert (done.returncode, last_word(chained)) == (0, "75 chain"), done.stderr
+    assert "sbatch: warning\nhpckv: requests are left; job 78 goes on" in done.stderr
+
+
+def test_a_job_that_was_submitted_though_no_answer_came_is_the_next(tmp_path):
+    one = batch(tmp_path, **{"continue": "chain"})
+    one.program("sbatch", once("sbatch", AWAY[1], "echo 79"))
+    one.program("squeue", f"#!/bin/bash\necho '5 /elsewhere/script.sh'; echo '78 {tmp_path}/script.sh'\n")
+    done = one.start("answer; exit 75")
+    assert (done.returncode, one.called("sbatch")) == (0, ["x"])
+    assert "job 78 goes on" in done.stderr
+
+
+def test_no_answer_to_the_end_is_said_with_what_to_do(tmp_path):
+    one = batch(tmp_path, **{"continue": "chain"})
+    one.program("sbatch", "#!/bin/bash\necho x >>\"$CALLS/sbatch\"; echo 'Connection refused' >&2; exit 1\n")
+    done = one.start("answer; exit 75", SLURM_JOB_END_TIME=str(int(time.time()) + 1))
+    assert done.returncode == 75
+    assert (
+        "the next job cannot be submitted (Connection refused); the same command again goes on from here" in done.stderr
+    )
+    assert last_word(one) == "75 stop"
+
+
+def test_a_job_that_slurm_itself_has_requeued_is_requeued(tmp_path):
+    one = batch(tmp_path, **{"continue": "requeue"})
+    end = 'kill "$(cat "$CALLS/script")"'  # as Slurm will
+    one.program(
+        "scontrol", f"#!/bin/bash\n(sleep 1; {end}) >&2 &\necho 'Job is pending execution for job 1' >&2; exit 1\n"
+    )
+    done = one.start("answer; exit 75")
+    assert done.returncode == -signal.SIGTERM, done.stderr
+    assert last_word(one) == "75 requeue"
+    assert done.stderr == "hpckv: requests are left; requeued (start 1 of at most 20)\n"
+
+
+def test_a_job_that_is_cancelled_while_it_asks_again_stays_cancelled(tmp_path):
+    one = batch(tmp_path, **{"continue": "chain"})
+    one.program("sbatch", once("sbatch", "Connection refused", "echo 78"))
+    one.program("sleep", '#!/bin/bash\nkill "$(cat "$CALLS/script")"; exec /bin/sleep "$@"\n')
+    done = one.start("answer; exit 75")
+    assert (done.returncode, one.called("sbatch"), last_word(one)) == (75, ["x"], "75 ended"), done.stderr
 
 
 def test_a_chain_submits_the_same_script_without_this_jobs_variables(tmp_path):
@@ -219,15 +305,13 @@ def test_a_signal_reaches_the_step_and_its_work_is_waited_for(tmp_path, name):
     process.send_signal(getattr(signal, f"SIG{name}"))
     said = process.communicate(timeout=60)[1]
     assert (tmp_path / "run" / "output.jsonl").read_text() == "{}\n"
-    (start,) = (tmp_path / "submit" / "starts").iterdir()
-    last = start.read_text().split()[-2:]
     if name == "USR1":
         assert (process.returncode, one.called("sbatch")[0]) == (0, "--parsable"), said
-        assert last == ["75", "chain"]
+        assert last_word(one) == "75 chain"
     else:  # cancelled jobs stay cancelled
         assert (process.returncode, one.called("sbatch")) == (75, []), said
         assert "ended from outside" in said
-        assert last == ["75", "ended"]  # whether it starts again is for Slurm to say
+        assert last_word(one) == "75 ended"  # whether it starts again is for Slurm to say
 
 
 def test_a_signal_before_the_run_listens_is_no_failure(tmp_path):

@@ -15,7 +15,7 @@ def batch(tmp_path, shown: str = "", **settings) -> Batch:
     """Whose `scontrol show job` says `shown`."""
     one = Batch(tmp_path, {f"HPCKV_{name.upper()}": value for name, value in settings.items()})
     show = f"[ \"$2\" != show ] || echo 'JobId=1 JobName=x {shown} Command=y'"
-    does = 'printf "%s\\n" "$@" >>"$CALLS/scontrol"\n[ "$1" != requeue ] || kill $PPID'
+    does = 'printf "%s\\n" "$@" >>"$CALLS/scontrol"\n[ "$1" != requeue ] || kill "$(cat "$CALLS/script")"'
     one.program("scontrol", f"#!/bin/bash\n{show}\n{does}\n")
     return one
 

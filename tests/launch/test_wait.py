@@ -1,4 +1,4 @@
-"""Waiting for a submitted run: what its starts say at their end, and programs in Slurm's place; a real Slurm is in tests/cluster."""
+"""Waiting for a submitted run: what its starts say at their end, programs in Slurm's place; a real Slurm is in tests/cluster."""
 
 import os
 
