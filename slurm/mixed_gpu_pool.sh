@@ -25,6 +25,8 @@ export HPCKV_HOME
 for name in $(compgen -e | grep -E '^(SLURM|SBATCH_|SRUN_|PMI|PMIX|OMPI)' | grep -vx SLURM_CONF); do unset "$name"; done
 # shellcheck source=site/example.sh
 [ -z "${HPCKV_SITE_SH:-}" ] || . "$HPCKV_SITE_SH" || exit 66
+# With HPCKV_RUN_DIR the arrays share what HPCKV_MAX_POINTS and HPCKV_MAX_ELAPSED allow.
+HPCKV_POOL=pool-$(date +%Y%m%dT%H%M%S)-$$ && export HPCKV_POOL
 code=0
 for pool in "${pools[@]}"; do
     read -r constraint partition jobs image <<<"$pool"

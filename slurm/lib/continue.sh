@@ -71,21 +71,23 @@ hpckv_answers() {
 hpckv_begin() {
     hpckv_first=${HPCKV_FIRST_JOB:-${SLURM_ARRAY_JOB_ID:-$SLURM_JOB_ID}}
     hpckv_attempt=$((${HPCKV_ATTEMPT:-1} + ${SLURM_RESTART_COUNT:-0}))
-    unset HPCKV_FIRST_JOB HPCKV_ATTEMPT # a job that is submitted from this one begins anew
+    hpckv_pool=${HPCKV_POOL:-}
+    unset HPCKV_FIRST_JOB HPCKV_ATTEMPT HPCKV_POOL # a job that is submitted from this one begins anew
     hpckv_starts=''
+    hpckv_task=${hpckv_pool:+$hpckv_first-}${SLURM_ARRAY_TASK_ID:-0}
     if [ -n "${hpckv_folder:-}" ]; then
         hpckv_starts=$hpckv_folder/starts
         hpckv_find_pickle
     elif [ -n "${HPCKV_RUN_DIR:-}" ]; then
-        hpckv_starts=$HPCKV_RUN_DIR/logs/starts-of-$hpckv_first
+        hpckv_starts=$HPCKV_RUN_DIR/logs/starts-of-${hpckv_pool:-$hpckv_first}
     fi
     [ -n "$hpckv_starts" ] || return 0
     mkdir -p -- "$hpckv_starts" || return 73
-    local task=${SLURM_ARRAY_TASK_ID:-0} files
-    files=("$hpckv_starts/$task".*)
+    local files
+    files=("$hpckv_starts/$hpckv_task".*)
     [ -e "${files[0]}" ] || files=()
     hpckv_attempt=$((${#files[@]} + 1))
-    hpckv_start=$hpckv_starts/$task.$(printf '%05d' "$hpckv_attempt").$SLURM_JOB_ID
+    hpckv_start=$hpckv_starts/$hpckv_task.$(printf '%05d' "$hpckv_attempt").$SLURM_JOB_ID
     if [ "${#files[@]}" -gt 0 ] && grep -qsE '^end [0-9]+ [0-9]+ [03] ' "${files[@]}"; then
         hpckv_say "the run is finished; nothing to do"
         return 100
@@ -144,10 +146,11 @@ hpckv_find_pickle() {
     return 0
 }
 
-# hpckv_budget seconds|points|left: used by all starts together, and the seconds this one may go on; left is empty without a limit.
+# hpckv_budget seconds|points|left: used by all starts together, and the seconds this one may go on if all that run now go on as well; left is
+# empty without a limit.
 hpckv_budget() {
     [ -n "$hpckv_starts" ] || return 0
-    awk -v what="$1" -v now="$(date +%s)" -v nodes_here="${SLURM_JOB_NUM_NODES:-1}" \
+    awk -v what="$1" -v now="$(date +%s)" \
         -v max_s="$([ -z "${HPCKV_MAX_ELAPSED:-}" ] || hpckv_seconds "$HPCKV_MAX_ELAPSED")" \
         -v max_points="${HPCKV_MAX_POINTS:-}" -v rate="${HPCKV_POINTS_PER_NODE_HOUR:-0}" '
         # One that was killed left no end. It went on until the same job began again, or to its limit, or goes on still.
@@ -157,21 +160,25 @@ hpckv_budget() {
             node_s += (until - begun[job]) * nodes[job]
             delete begun[job]
         }
+        function rounded_up(x) { return (x < 0) ? 0 : int(x) + (x > int(x)) } # 0 is nothing left
         $1 == "start" {
             if ($2 in begun) add($2, $3)
             begun[$2] = $3; nodes[$2] = $4; limit[$2] = $5
         }
         $1 == "end" && $2 in begun { limit[$2] = 0; add($2, $3) }
         END {
-            for (job in begun) add(job, now)
-            if (max_s != "") left = max_s - used
+            for (job in begun) {
+                if (!limit[job] || now < limit[job]) { running++; nodes_running += nodes[job] }
+                add(job, now)
+            }
+            if (max_s != "") left = (max_s - used) / (running ? running : 1)
             if (max_points != "") {
-                more = (max_points / rate * 3600 - node_s) / nodes_here
+                more = (max_points / rate * 3600 - node_s) / (nodes_running ? nodes_running : 1)
                 if (max_s == "" || more < left) left = more
             }
             if (what == "seconds") printf "%d\n", used
             if (what == "points") printf "%.3f\n", node_s / 3600 * rate
-            if (what == "left" && max_s max_points != "") printf("%d\n", (left > 0) ? left : 0)
+            if (what == "left" && max_s max_points != "") printf "%d\n", rounded_up(left)
         }' "$hpckv_starts"/*
 }
 
@@ -182,14 +189,18 @@ hpckv_spent() {
     echo "requests are left, and what they may cost is spent: $used; not going on"
 }
 
-# When what may be spent is spent, the run is told to stop as if its time were up.
+# When what may be spent is spent, the run is told to stop as if its time were up. Looked at once a minute: other starts begin and end.
 hpckv_start_budget() {
-    local left
     hpckv_timer=''
-    left=$(hpckv_budget left)
-    [ -n "$left" ] || return 0
-    # A program of its own to sleep would outlive the subshell.
-    (trap - USR1 USR2 TERM INT; read -rt "$((left + 1))" <> <(:); kill -USR1 "$$") 2>/dev/null &
+    [ -n "$(hpckv_budget left)" ] || return 0
+    (
+        trap - USR1 USR2 TERM INT
+        while left=$(hpckv_budget left); [ "$left" != 0 ]; do
+            [ "${left:-60}" -lt "${hpckv_look_s:=60}" ] || left=$hpckv_look_s
+            read -rt "$left" <> <(:) # a program of its own to sleep would outlive the subshell
+        done
+        kill -USR1 "$$"
+    ) 2>/dev/null &
     hpckv_timer=$!
     disown "$hpckv_timer" # bash would say that it was killed
 }
@@ -204,7 +215,7 @@ hpckv_stands_still() {
     [ -n "$hpckv_starts" ] || return 1
     answers=$(hpckv_answers)
     # Of this array task: the last two starts.
-    before=$(cat "$hpckv_starts/${SLURM_ARRAY_TASK_ID:-0}".* | awk '$1 == "start" { print $6 }' | tail -n 2)
+    before=$(cat "$hpckv_starts/$hpckv_task".* | awk '$1 == "start" { print $6 }' | tail -n 2)
     [ "$(wc -l <<<"$before")" -eq 2 ] && [ "$(sort -nu <<<"$before")" = "$answers" ]
 }
 
@@ -284,7 +295,7 @@ hpckv_submit_next() (
     for name in $(compgen -e | grep -E '^(SLURM|SBATCH|SRUN|PMI|PMIX|OMPI)' | grep -vx SLURM_CONF); do unset "$name"; done
     unset hpckv_in_job
     hpckv_load_site || exit # what it has for sbatch
-    export HPCKV_ATTEMPT=$((hpckv_attempt + 1)) HPCKV_FIRST_JOB=$hpckv_first
+    export HPCKV_ATTEMPT=$((hpckv_attempt + 1)) HPCKV_FIRST_JOB=$hpckv_first HPCKV_POOL=$hpckv_pool
     # shellcheck disable=SC2154 # common.sh has it
     timeout -k 1 30 sbatch "${options[@]}" "${hpckv_submit[@]}"
 )
