@@ -23,8 +23,16 @@ set -u
 export HPCKV_HOME
 # Called from inside a job: its variables would pin these to its resources.
 for name in $(compgen -e | grep -E '^(SLURM|SBATCH_|SRUN_|PMI|PMIX|OMPI)' | grep -vx SLURM_CONF); do unset "$name"; done
-# shellcheck source=site/example.sh
-[ -z "${HPCKV_SITE_SH:-}" ] || . "$HPCKV_SITE_SH" || exit 66
+if [ -n "${HPCKV_SITE_SH:-}" ]; then
+    [ -r "$HPCKV_SITE_SH" ] || {
+        echo "hpckv: HPCKV_SITE_SH=$HPCKV_SITE_SH: no such file" >&2
+        exit 66
+    }
+    set +u # as in lib/common.sh: it is written for login shells
+    # shellcheck source=site/example.sh
+    . "$HPCKV_SITE_SH"
+    set -u
+fi
 # With HPCKV_RUN_DIR the arrays share what HPCKV_MAX_POINTS and HPCKV_MAX_ELAPSED allow.
 HPCKV_POOL=pool-$(date +%Y%m%dT%H%M%S)-$$ && export HPCKV_POOL
 code=0

@@ -65,9 +65,12 @@ hpckv_load_site() {
         hpckv_say "HPCKV_SITE_SH=$HPCKV_SITE_SH: no such file on $(hostname)"
         return 66
     fi
-    # What its last command was is not asked: a site's code that wants to end the job says exit.
+    # What its last command was is not asked: a site's code that wants to end the job says exit. And it is written for login shells, where a
+    # variable may be unset.
+    set +u
     # shellcheck source=site/example.sh
     . "$HPCKV_SITE_SH" >&2 || true
+    set -u
 }
 # shellcheck disable=SC2034 # for the site's code
 hpckv_in_job=1

@@ -47,9 +47,21 @@ find_runtime() {
     exit 69
 }
 
+# A folder, or if it is still to be made the one that it will be made in.
+add_what_is_there() {
+    local path=$1
+    [[ $path == /* ]] || path=$PWD/$path
+    while [ -n "$path" ] && [ ! -e "$path" ]; do path=${path%/*}; done
+    [ -z "$path" ] || paths+=("$path")
+}
+
 # What MPI, Slurm and the node's own disk need to be seen inside, as far as it is there.
 add_node_paths() {
     local path
+    case ${HPCKV_SITE:-} in
+    */*) add_what_is_there "${HPCKV_SITE%/*}" ;; # without one it lies in the folder of the command
+    esac
+    [ -z "${HPCKV_STORE:-}" ] || add_what_is_there "$HPCKV_STORE"
     for path in "${HPCKV_LOCAL:-}" "${SLURM_TMPDIR:-}" "${TMPDIR:-}" "${HPCKV_OUTCOME:-}" "${HPCKV_COMMENT:-}" "/local/${USER:-}/${SLURM_JOB_ID:-}" \
         "${PMIX_SERVER_TMPDIR:-}" "${PMIX_SYSTEM_TMPDIR:-}" /var/spool/slurmd /var/spool/slurm /dev/infiniband /dev/shm "$PWD"; do
         if [ -n "$path" ] && [ -e "$path" ] && [ -r "$path" ]; then

@@ -72,6 +72,22 @@ def test_the_command_runs_in_the_image_with_its_folders_and_the_nodes(node, name
     assert not {"--contain", "--containall", "--cleanenv"} & set(words)
 
 
+def test_what_the_environment_names_is_seen_inside(node):
+    has(node, "apptainer")
+    for folder in ("site", "kv", "work/own"):
+        (node / folder).mkdir()
+    (node / "site" / "site.yaml").touch()
+
+    def bound(**environ):
+        found = binds(told(enter(node, "--", "true", **environ)))
+        return [path for path in found if path.startswith(str(node)) and path not in (f"{node}/bin", f"{node}/work")]
+
+    assert bound(HPCKV_SITE=f"{node}/site/site.yaml", HPCKV_STORE=f"{node}/kv") == [f"{node}/site", f"{node}/kv"]
+    assert bound(HPCKV_STORE=f"{node}/kv/new/deep") == [f"{node}/kv"]  # where it will be made
+    assert bound(HPCKV_SITE="site.yaml", HPCKV_STORE="own") == [f"{node}/work/own"]
+    assert bound(HPCKV_SITE="/nowhere/site.yaml", HPCKV_STORE="/nowhere/kv") == []
+
+
 def test_any_name_of_a_folder_reaches_the_container(node):
     has(node, "apptainer")
     folder = node / 'a,b: "c"\nd'

@@ -132,6 +132,37 @@ def test_a_chain_asks_as_the_site_does(tmp_path):
     assert "SBATCH_ACCOUNT=proj" in one.called("sbatch.env")
 
 
+def test_a_sites_code_may_use_what_is_not_set_and_end_as_it_likes(tmp_path):
+    (tmp_path / "site.sh").write_text("export LD_LIBRARY_PATH=/x:$LD_LIBRARY_PATH\nfalse\n")
+    one = Batch(tmp_path)
+    done = one.start('echo "$LD_LIBRARY_PATH"', HPCKV_SITE_SH=str(tmp_path / "site.sh"))
+    assert (done.returncode, done.stdout, done.stderr) == (0, "/x:\n", "")
+
+
+POOLS = {"HPCKV_V100": "gpu 0-1 -", "HPCKV_A100": "gpu 0-3 -", "HPCKV_H100": "gpu 0 -"}
+
+
+def test_a_pool_of_arrays_goes_off_whatever_the_sites_code_is_and_shares_one_budget(tmp_path):
+    (tmp_path / "site.sh").write_text("export SBATCH_QOS=q:$NOT_SET\nfalse\n")
+    one = Batch(tmp_path)
+    one.program("sbatch", '#!/bin/bash\nprintf "%s\\n" "$HPCKV_POOL" "$SBATCH_QOS" >>"$CALLS/sbatch"\n')
+    pool = ["bash", str(TOP / "slurm" / "mixed_gpu_pool.sh"), "run.yaml"]
+    environ = {**one.environ(1), **POOLS, "HPCKV_ACCOUNT": "proj"}
+
+    def submitted(site):
+        return subprocess.run(pool, env={**environ, "HPCKV_SITE_SH": site}, capture_output=True, text=True, check=False)
+
+    done = submitted(str(tmp_path / "site.sh"))
+    assert (done.returncode, done.stderr) == (0, "")
+    name = one.called("sbatch")[0]
+    assert one.called("sbatch") == [name, "q:"] * 3
+    assert submitted(str(tmp_path / "site.sh")).returncode == 0
+    assert one.called("sbatch")[-2] not in ("", name)  # another call has another budget
+    missing = submitted("/no/site.sh")
+    assert (missing.returncode, missing.stderr) == (66, "hpckv: HPCKV_SITE_SH=/no/site.sh: no such file\n")
+    assert len(one.called("sbatch")) == 12
+
+
 def test_where_the_sites_code_is_not_there_the_job_says_so(tmp_path):
     done = Batch(tmp_path).start("answer", HPCKV_SITE_SH="/no/site.sh")
     assert done.returncode == 66
