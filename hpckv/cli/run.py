@@ -10,6 +10,7 @@ from typing import Annotated
 
 import typer
 
+from hpckv.launch.folder import count_answers
 from hpckv.workload import drain
 from hpckv.workload.runfile import load_run
 
@@ -46,10 +47,12 @@ def run(
     # The signal thread comes before anything that starts threads of its own (torch does at import).
     watcher = drain.install()
     config = load_run(runfile, flags={"input": batch_input, "output": output}, sets=sets or (), environ=os.environ)
+    from hpckv.comm.outcome import note_beginning
     from hpckv.workload.prepare import RunOptions
     from hpckv.workload.run import run_batch
     from hpckv.workload.together import together
 
+    note_beginning(Path(config.output), count_answers)
     is_quiet = not logging.getLogger("hpckv").isEnabledFor(logging.INFO)
     options = RunOptions(skips_bad_lines=skip_bad_lines, allows_errors=allow_errors, joins=join, is_quiet=is_quiet)
     work = partial(run_batch, config, options, watcher)

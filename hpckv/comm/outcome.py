@@ -1,17 +1,28 @@
-"""What a rank that ends the others tells the batch script: the launcher's own exit code may be that of a rank it killed."""
+"""What a rank tells the batch script, in files that the script made on the first node and names in the environment."""
 
 from __future__ import annotations
 
 import contextlib
 import os
+from collections.abc import Callable
+from pathlib import Path
 
 
 def note_exit_code(code: int) -> None:
-    """Write the code this rank ends with into the file that `HPCKV_OUTCOME` names, if it is on this node."""
-    if path := os.environ.get("HPCKV_OUTCOME"):
-        with contextlib.suppress(OSError):  # the script made it on the first node only
+    """The code this rank ends the others with, into `HPCKV_OUTCOME`: the launcher's own may be that of a rank it killed."""
+    _tell("HPCKV_OUTCOME", lambda: b"%d\n" % code)
+
+
+def note_beginning(directory: Path, count_answers: Callable[[Path], int]) -> None:
+    """How many answers are there, and the run directory, into `HPCKV_BEGINNING`: for a script that was not told the directory."""
+    _tell("HPCKV_BEGINNING", lambda: b"%d %s\n" % (count_answers(directory), os.fsencode(directory.absolute())))
+
+
+def _tell(name: str, line: Callable[[], bytes]) -> None:
+    if path := os.environ.get(name):
+        with contextlib.suppress(OSError):  # the file is not on this node
             fd = os.open(path, os.O_WRONLY | os.O_TRUNC)
             try:
-                os.write(fd, b"%d\n" % code)
+                os.write(fd, line())
             finally:
                 os.close(fd)

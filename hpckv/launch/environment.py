@@ -17,6 +17,7 @@ _OF_RANKS = frozenset(
         "LOCAL_WORLD_SIZE",
         "HPCKV_OUTCOME",
         "HPCKV_COMMENT",
+        "HPCKV_BEGINNING",
     }
 )
 _KEPT = frozenset({"SLURM_CONF"})

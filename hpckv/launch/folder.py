@@ -1,4 +1,4 @@
-"""What lies in a submit folder, `RUN/submit/TIME-RANDOM/`: from `hpckv submit` and its jobs' shell code, for whoever asks."""
+"""What lies in a run directory and in its submit folders, `RUN/submit/TIME-RANDOM/`, for whoever asks."""
 
 from __future__ import annotations
 
@@ -35,6 +35,12 @@ class LastStart:
     job: str
     """Its own number, which a task of an array has too."""
     end: End | None
+
+
+def count_answers(run_folder: Path) -> int:
+    """Complete lines of the output, also of what jobs that work together have not merged yet."""
+    paths = [run_folder / "output.jsonl", *run_folder.glob("queue/*/parts/*.jsonl")]
+    return sum(_count_lines(path) for path in paths if path.exists())
 
 
 def submitted_jobs(directory: Path) -> list[str]:
@@ -81,3 +87,8 @@ def read_end(path: Path) -> End | None:
     if len(parts) != 5 or parts[0] != "end":
         return None
     return End(int(parts[3]), parts[4])
+
+
+def _count_lines(path: Path) -> int:
+    with path.open("rb") as file:
+        return sum(part.count(b"\n") for part in iter(lambda: file.read(1 << 20), b""))

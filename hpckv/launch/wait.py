@@ -6,10 +6,9 @@ import logging
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 from hpckv.errors import EXIT_DRAINED, EXIT_FAILED_REQUESTS, EXIT_OK
-from hpckv.launch.folder import End, last_starts, newest_job, read_codes
+from hpckv.launch.folder import End, count_answers, last_starts, newest_job, read_codes
 from hpckv.launch.script import array_indexes
 from hpckv.launch.slurm_jobs import JobState, job_states
 from hpckv.launch.submit import Submitted
@@ -53,12 +52,6 @@ def run_code(codes: Sequence[int]) -> int:
     """Of jobs that worked on one run: that of whoever finished it, else the gravest."""
     finished = [code for code in codes if code in (EXIT_OK, EXIT_FAILED_REQUESTS)]
     return max(finished or codes)
-
-
-def count_answers(run_folder: Path) -> int:
-    """Complete lines of the output, also of what jobs that work together have not merged yet."""
-    paths = [run_folder / "output.jsonl", *run_folder.glob("queue/*/parts/*.jsonl")]
-    return sum(path.read_bytes().count(b"\n") for path in paths if path.exists())
 
 
 @dataclass(frozen=True)

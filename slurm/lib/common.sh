@@ -11,7 +11,7 @@
 #   HPCKV_RUNTIME   apptainer, singularity or charliecloud; found by itself
 #   HPCKV_BIND      further folders for the image, SOURCE[:TARGET[:OPTIONS]], with commas between
 #   HPCKV_MPI       srun --mpi=...; pmi2 where srun offers it, else ranks find each other without MPI
-#   HPCKV_RUN_DIR   the run directory; what has to be remembered between starts is remembered there
+#   HPCKV_RUN_DIR   the run directory; what has to be remembered between starts of a run is remembered there
 #   HPCKV_CONTINUE  and HPCKV_ATTEMPTS, HPCKV_MAX_...: what to do when the time is up, see continue.sh
 #   HPCKV_SITE_SH   shell code of the site, set by itself when it is sourced before sbatch: see ../site/example.sh
 #
@@ -188,6 +188,7 @@ hpckv_worker() {
     hpckv_run_step srun "${options[@]}" ${hpckv_srun[@]+"${hpckv_srun[@]}"} ${hpckv_enter[@]+"${hpckv_enter[@]}"} "$@"
     code=$?
     hpckv_stop_budget
+    hpckv_learn_beginning
     hpckv_remove_caches
     if [ "$code" -eq 75 ] && [ -z "$hpckv_ended" ]; then
         hpckv_continue

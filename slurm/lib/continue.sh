@@ -7,7 +7,8 @@
 #
 # Every start leaves a file, so that nodes need not append to one: its first line when it begins (start JOB SECONDS NODES LIMIT ANSWERS), its
 # last when it ends (end JOB SECONDS CODE NEXT). NEXT is requeue or chain, stop if nothing goes on by itself, or ended: from outside, and
-# whether the job starts again only Slurm knows. They lie in hpckv_folder or in HPCKV_RUN_DIR; without either only starts are counted.
+# whether the job starts again only Slurm knows. They lie in hpckv_folder or in HPCKV_RUN_DIR; without either in the directory that the run
+# names in the file HPCKV_BEGINNING, from the end of the first start on. Of `hpckv run` only: what else is run here has no answers to count.
 
 # Seconds of a time as Slurm writes it.
 hpckv_seconds() {
@@ -35,6 +36,12 @@ hpckv_check_settings() {
         hpckv_say "HPCKV_ATTEMPTS=$HPCKV_ATTEMPTS is not a number"
         return 64
     fi
+    # A chain's later jobs would not know that they are.
+    if [ "${HPCKV_CONTINUE:-}" = chain ] && [ -z "${hpckv_folder:-}" ] && [[ ${SLURM_EXPORT_ENV:-ALL} != ALL* ]]; then
+        hpckv_say "HPCKV_CONTINUE=chain needs sbatch --export=ALL, which is the default"
+        return 64
+    fi
+    hpckv_is_run || return 0
     for name in HPCKV_MAX_POINTS HPCKV_POINTS_PER_NODE_HOUR; do
         value=${!name:-1}
         if ! [[ $value =~ ^[0-9]*[.]?[0-9]+$ && $value =~ [1-9] ]]; then
@@ -54,17 +61,18 @@ hpckv_check_settings() {
         hpckv_say "HPCKV_MAX_ELAPSED and HPCKV_MAX_POINTS need HPCKV_RUN_DIR, to remember what was used"
         return 64
     fi
-    # A chain's later jobs would not know that they are.
-    if [ "${HPCKV_CONTINUE:-}" = chain ] && [ -z "${hpckv_folder:-}" ] && [[ ${SLURM_EXPORT_ENV:-ALL} != ALL* ]]; then
-        hpckv_say "HPCKV_CONTINUE=chain needs sbatch --export=ALL, which is the default"
-        return 64
-    fi
+}
+
+# Not of a run are the settings that a site makes for all scripts: its directory, and what it may cost.
+hpckv_is_run() {
+    # shellcheck disable=SC2154 # common.sh has it
+    [ "$hpckv_verb" = run ]
 }
 
 # Complete answers so far, also those that jobs working together have not merged yet.
 hpckv_answers() {
-    [ -n "${HPCKV_RUN_DIR:-}" ] || { echo 0; return; }
-    cat "$HPCKV_RUN_DIR/output.jsonl" "$HPCKV_RUN_DIR"/queue/*/parts/*.jsonl 2>/dev/null | wc -l
+    [ -n "$hpckv_run_dir" ] || { echo 0; return; }
+    cat "$hpckv_run_dir/output.jsonl" "$hpckv_run_dir"/queue/*/parts/*.jsonl 2>/dev/null | wc -l
 }
 
 # Notes this start; the first thing a job does. A run that is finished ends here, and one that may not go on.
@@ -73,15 +81,19 @@ hpckv_begin() {
     hpckv_attempt=$((${HPCKV_ATTEMPT:-1} + ${SLURM_RESTART_COUNT:-0}))
     hpckv_pool=${HPCKV_POOL:-}
     unset HPCKV_FIRST_JOB HPCKV_ATTEMPT HPCKV_POOL # a job that is submitted from this one begins anew
-    hpckv_starts=''
+    hpckv_starts='' hpckv_run_dir=''
     hpckv_task=${hpckv_pool:+$hpckv_first-}${SLURM_ARRAY_TASK_ID:-0}
+    hpckv_is_run || return 0
+    hpckv_run_dir=${HPCKV_RUN_DIR:-}
     if [ -n "${hpckv_folder:-}" ]; then
         hpckv_starts=$hpckv_folder/starts
         hpckv_find_pickle
-    elif [ -n "${HPCKV_RUN_DIR:-}" ]; then
-        hpckv_starts=$HPCKV_RUN_DIR/logs/starts-of-${hpckv_pool:-$hpckv_first}
+    elif [ -n "$hpckv_run_dir" ]; then
+        hpckv_starts=$hpckv_run_dir/logs/starts-of-${hpckv_pool:-$hpckv_first}
+    else
+        hpckv_expect_beginning
+        return 0
     fi
-    [ -n "$hpckv_starts" ] || return 0
     mkdir -p -- "$hpckv_starts" || return 73
     local files
     files=("$hpckv_starts/$hpckv_task".*)
@@ -92,10 +104,34 @@ hpckv_begin() {
         hpckv_say "the run is finished; nothing to do"
         return 100
     fi
-    echo "start $SLURM_JOB_ID $(date +%s) ${SLURM_JOB_NUM_NODES:-1} ${SLURM_JOB_END_TIME:-0} $(hpckv_answers)" >"$hpckv_start" || return 73
+    hpckv_note_start "$(date +%s)" "$(hpckv_answers)" || return 73
     if [ "$(hpckv_budget left)" = 0 ]; then
         hpckv_end 75 "$(hpckv_spent)"
     fi
+}
+
+# hpckv_note_start SECONDS ANSWERS: the first word.
+hpckv_note_start() {
+    echo "start $SLURM_JOB_ID $1 ${SLURM_JOB_NUM_NODES:-1} ${SLURM_JOB_END_TIME:-0} $2" >"$hpckv_start"
+}
+
+# Where the script is not told the run directory, the run tells it: its first words are how many answers were there, and where.
+hpckv_expect_beginning() {
+    hpckv_began=$(date +%s)
+    HPCKV_BEGINNING=$(mktemp 2>/dev/null || mktemp -p /tmp) && export HPCKV_BEGINNING
+}
+
+# Notes the start when it is over, to be compared with the next. In an image the directory may be called otherwise: nothing is noted then.
+hpckv_learn_beginning() {
+    local answers
+    [ -n "${HPCKV_BEGINNING:-}" ] || return 0
+    read -r answers hpckv_run_dir <"$HPCKV_BEGINNING"
+    rm -f "$HPCKV_BEGINNING"
+    unset HPCKV_BEGINNING
+    [ -n "$hpckv_run_dir" ] && [ -d "$hpckv_run_dir" ] || return 0
+    hpckv_starts=$hpckv_run_dir/logs/starts-of-${hpckv_pool:-$hpckv_first}
+    hpckv_start=$hpckv_starts/$hpckv_task.$(printf '%05d' "$hpckv_attempt").$SLURM_JOB_ID
+    mkdir -p -- "$hpckv_starts" && hpckv_note_start "$hpckv_began" "$answers" || hpckv_start='' hpckv_starts=''
 }
 
 # Ends the script with the code of a check that failed: 100 says that there is nothing to do.

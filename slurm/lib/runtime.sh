@@ -62,7 +62,7 @@ add_node_paths() {
     */*) add_what_is_there "${HPCKV_SITE%/*}" ;; # without one it lies in the folder of the command
     esac
     [ -z "${HPCKV_STORE:-}" ] || add_what_is_there "$HPCKV_STORE"
-    for path in "${HPCKV_LOCAL:-}" "${SLURM_TMPDIR:-}" "${TMPDIR:-}" "${HPCKV_OUTCOME:-}" "${HPCKV_COMMENT:-}" "/local/${USER:-}/${SLURM_JOB_ID:-}" \
+    for path in "${HPCKV_LOCAL:-}" "${SLURM_TMPDIR:-}" "${TMPDIR:-}" "${HPCKV_OUTCOME:-}" "${HPCKV_COMMENT:-}" "${HPCKV_BEGINNING:-}" "/local/${USER:-}/${SLURM_JOB_ID:-}" \
         "${PMIX_SERVER_TMPDIR:-}" "${PMIX_SYSTEM_TMPDIR:-}" /var/spool/slurmd /var/spool/slurm /dev/infiniband /dev/shm "$PWD"; do
         if [ -n "$path" ] && [ -e "$path" ] && [ -r "$path" ]; then
             paths+=("$path")

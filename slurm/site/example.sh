@@ -21,7 +21,7 @@ if [ -z "${hpckv_in_job:-}" ]; then
     # export HPCKV_HOME=/project/hpckv                     # the checkout
     # export HPCKV_SIF=/project/hpckv.sif                  # the image
     # export HPCKV_BIND=/lustre                            # where models and prompts are, if not below $HOME: seen inside the image
-    # export HPCKV_MAX_POINTS=100 HPCKV_POINTS_PER_NODE_HOUR=2.3     # an end to what a run that goes on by itself may cost
+    # export HPCKV_MAX_POINTS=100 HPCKV_POINTS_PER_NODE_HOUR=2.3     # an end to what a run may cost; needs HPCKV_RUN_DIR
 else
     # ---- on the job's first node -----------------------------------------------------------------------------------------
     # module load apptainer || exit 69                     # no `module purge`: it takes away what sbatch was called with

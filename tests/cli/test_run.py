@@ -167,3 +167,15 @@ def test_an_answer_is_not_passed_off_as_another_prompts(tmp_path, checkpoint):
     answered = [json.loads(raw) for raw in (tmp_path / "out" / "output.jsonl").read_bytes().splitlines()]
     assert answered == [json.loads(raw) for raw in before.splitlines()]
     assert len({line["id"] for line in answered}) == 4
+
+
+def test_a_batch_script_is_told_the_run_directory_and_the_answers_that_were_there(checkpoint, tmp_path):
+    run, told = write_run(tmp_path, checkpoint("llama", tokenizer=True), chat_lines(3)), tmp_path / "told"
+    for answered in (0, 3):
+        told.touch()
+        done = hpckv("run", run.name, "--output", "out", cwd=tmp_path, env={**os.environ, "HPCKV_BEGINNING": str(told)})
+        assert done.returncode == 0, done.stderr
+        assert told.read_text() == f"{answered} {tmp_path}/out\n"
+        told.unlink()
+    assert hpckv("run", run, env={**os.environ, "HPCKV_BEGINNING": str(told)}).returncode == 0
+    assert not told.exists()  # on another node than the script's

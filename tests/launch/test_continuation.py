@@ -197,6 +197,51 @@ def test_two_starts_without_a_new_answer_stop_it_and_one_with_does_not(tmp_path)
     assert "two starts in a row gave no new answer; not going on" in done[-1].stderr
 
 
+def test_a_run_whose_directory_only_itself_knows_is_stopped_too(tmp_path):
+    one = batch(tmp_path, is_submitted=False, **{"continue": "chain"})
+    begins = 'echo "$(cat "$RUN/output.jsonl" 2>/dev/null | wc -l) $RUN" >"$HPCKV_BEGINNING"'
+    steps = ["answer; exit 75", "exit 75", "answer; exit 75", "exit 75", "exit 75"]
+    done = [
+        one.start(f"{begins}; {step}", job=number, HPCKV_FIRST_JOB="1", HPCKV_ATTEMPT=str(number))
+        for number, step in enumerate(steps, start=1)
+    ]
+    assert [each.returncode for each in done] == [0, 0, 0, 0, 75]
+    assert "two starts in a row gave no new answer; not going on" in done[-1].stderr
+    (folder,) = (tmp_path / "run" / "logs").iterdir()
+    assert folder.name == "starts-of-1"
+    assert (folder / "0.00004.4").read_text().split()[-1] == "chain"
+    assert "HPCKV_BEGINNING" not in "".join(one.called("sbatch.env"))
+    assert not list(tmp_path.glob("tmp.*"))
+
+
+def test_a_directory_that_is_called_otherwise_in_an_image_is_not_made(tmp_path):
+    one = batch(tmp_path, is_submitted=False, **{"continue": "chain"})
+    done = one.start(f'echo "0 {tmp_path}/inside" >"$HPCKV_BEGINNING"; exit 75')
+    assert (done.returncode, (tmp_path / "inside").exists()) == (0, False), done.stderr
+
+
+OTHERS = ["store_gc", "acct_rollup", "doctor", "stage_model", "bench_load_or_recompute", "warm_prefix"]
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_what_is_no_run_has_nothing_of_a_runs_settings(tmp_path, name):
+    one = batch(tmp_path)
+    (tmp_path / "calls" / "step").write_text("exit 0")
+    (tmp_path / "run" / "logs").rmdir()
+    site = {"HPCKV_RUN_DIR": f"{tmp_path}/run", "HPCKV_MAX_POINTS": "1", "HPCKV_MAX_ELAPSED": "0:01"}
+    for environ in (site, {"HPCKV_MAX_ELAPSED": "0:01"}):
+        done = subprocess.run(
+            ["bash", str(TOP / "slurm" / f"{name}.sh"), "DIR"],
+            env={**one.environ(1), **environ, "HPCKV_SIF": ""},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert (done.returncode, done.stderr) == (0, "")
+    assert one.called("srun").count("--export=ALL") == (4 if name == "store_gc" else 2)
+    assert list((tmp_path / "run").iterdir()) == []
+
+
 def test_answers_that_are_not_merged_yet_are_progress(tmp_path):
     one = batch(tmp_path, **{"continue": "chain"})
     parts = tmp_path / "run" / "queue" / "1" / "parts"
