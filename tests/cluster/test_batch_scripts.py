@@ -142,6 +142,23 @@ def test_without_continuation_the_job_says_how_to_go_on(cluster, tmp_path, check
     assert "sbatch the same script again to go on" in logs(tmp_path)
 
 
+def test_a_run_that_stands_still_is_stopped_though_the_script_does_not_know_its_directory(
+    cluster, tmp_path, checkpoint
+):
+    job = sbatch(cluster, tmp_path, "single_a100.sh", long_run(tmp_path, checkpoint, 2000))
+    starts, end = tmp_path / "out" / "logs" / "starts.jsonl", time.monotonic() + 240
+    for number in (1, 2):
+        while not starts.exists() or starts.read_bytes().count(b"\n") < number:
+            assert time.monotonic() < end, logs(tmp_path)
+            time.sleep(0.02)
+        assert cluster.run("scancel", "--batch", "--signal=USR1", job).returncode == 0
+    assert wait_for(cluster, job) == ("FAILED", "75:0"), logs(tmp_path)
+    assert "requests are left; requeued (start 1 of at most 20)" in logs(tmp_path)
+    assert "two starts in a row gave no new answer; not going on" in logs(tmp_path)
+    noted = sorted((tmp_path / "out" / "logs").glob(f"starts-of-{job}/*"))
+    assert [path.read_text().split()[-2:] for path in noted] == [["75", "requeue"], ["75", "stop"]]
+
+
 def test_a_job_that_is_cancelled_keeps_its_answers_and_does_not_come_back(cluster, tmp_path, checkpoint):
     run_file, out = long_run(tmp_path, checkpoint, 2000), tmp_path / "out"
     job = sbatch(cluster, tmp_path, "single_a100.sh", run_file, HPCKV_RUN_DIR=str(out))

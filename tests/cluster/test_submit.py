@@ -132,6 +132,25 @@ def test_in_a_folder_with_any_name_a_job_is_requeued_until_all_is_answered(clust
     assert (folder / "again").read_text() == "hpckv: the run is finished; nothing to do\n"
 
 
+def test_wait_stays_while_slurm_itself_starts_the_job_again(cluster, tmp_path, checkpoint, wanted):
+    flags = [*SMALL, "-p", "low", "--continue", "none", "--parsable", "--wait", "--", "--nodelist=a100-0", "--requeue"]
+    command = cluster.on_host("ctl", *HPCKV, "submit", str(long_run(tmp_path, checkpoint)), *flags)
+    variables = {**cluster.environ, "OMP_NUM_THREADS": "1"}
+    waiting = subprocess.Popen(command, env=variables, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    job = waiting.stdout.readline().strip()
+    output = tmp_path / "out" / "output.jsonl"
+    urgent = ["sbatch", "--account=root", "--partition=a100", "--nodelist=a100-0", "--exclusive", "--wrap=sleep 1"]
+    for answered, ending in ((4, ["scontrol", "requeue", job]), (12, [*urgent, f"--output={tmp_path}/urgent"])):
+        until(lambda: output.exists() and output.read_bytes().count(b"\n") >= answered, tmp_path)  # noqa: B023
+        assert cluster.run(*ending).returncode == 0
+    assert waiting.wait(PATIENCE_S) == 0, logs(tmp_path)
+    waiting.stdout.close()
+    assert wait_for(cluster, job) == ("COMPLETED", "0:0")
+    starts = sorted((submit_folder(tmp_path) / "starts").iterdir())
+    assert [path.read_text().split()[-2:] for path in starts] == [["75", "ended"], ["75", "ended"], ["0", "stop"]]
+    assert texts(tmp_path) == wanted
+
+
 def test_where_requeue_is_forbidden_another_job_goes_on_and_wait_follows_it(cluster, tmp_path, checkpoint, wanted):
     run_file = long_run(tmp_path, checkpoint)
     # A job that was submitted without the environment has what it needs in its script.

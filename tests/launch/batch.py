@@ -82,3 +82,8 @@ class Batch:
         """Every argument of every call."""
         path = self.folder / "calls" / name
         return path.read_text().splitlines() if path.exists() else []
+
+
+def batch(folder: Path, *, is_submitted: bool = True, **settings: str) -> Batch:
+    """One with these settings, HPCKV_ left out and in small letters."""
+    return Batch(folder, {f"HPCKV_{name.upper()}": value for name, value in settings.items()}, is_submitted)
