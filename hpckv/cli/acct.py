@@ -16,7 +16,7 @@ from hpckv.cli.acct_actions import balance_question, print_balance, print_disk, 
 from hpckv.cli.acct_print import Form, print_answer, print_definitions
 from hpckv.cli.acct_report import Destination, write_report
 from hpckv.cli.show import progress, user_name
-from hpckv.errors import ConfigError
+from hpckv.errors import AccessError, ConfigError
 
 _log = logging.getLogger(__name__)
 
@@ -206,6 +206,8 @@ def _stores(given: Sequence[str] | None, site: str | None, runs: Sequence[str] |
     for run in runs or ():
         if not Path(run).is_dir():
             raise ConfigError(f"--run {run}: no such folder")
+        if not os.access(run, os.R_OK | os.X_OK):
+            raise AccessError(f"--run {run}: permission denied")
     return [StoreRoot.open(Path(name)).layout.root for name in names]
 
 
