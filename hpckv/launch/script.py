@@ -166,15 +166,16 @@ class BatchScript:
     def paths(self) -> list[str]:
         """What a container has to see, besides the run directory."""
         config = self.config
-        names = [config.input, config.model.path, config.site]
-        if store := config.store:
-            names += [store.shared, store.site_local, "" if store.local in ("auto", "none") else store.local]
+        store = config.store
+        names = [config.input, config.model.path, config.site, store and store.shared]
         found = [self.start / name for name in names if name]
         model = self.start / config.model.path
         # Folders of a Hugging Face cache hold links to files that lie elsewhere.
         links = [file.resolve().parent for file in model.glob("*") if file.is_symlink()] if model.is_dir() else []
         there = [next(path for path in (one, *one.parents) if path.is_dir()) for one in (*found, *links)]
-        return [str(path) for path in dict.fromkeys(there)]
+        # Only the node knows whether it has them.
+        local = [n for n in (store.site_local, store.local) if n and n not in ("auto", "none")] if store else []
+        return list(dict.fromkeys([*map(str, there), *local]))
 
 
 def check_options(options: Sequence[str]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import tempfile
 import time
 from collections.abc import Callable
@@ -21,12 +22,15 @@ from hpckv.usage.table import connect, quoted
 GRACE_S = 86400.0
 """A month is closed when it has been over for so long: the last records of its runs are there."""
 
+_MONTH = re.compile(r"\d{4}-(0[1-9]|1[0-2])")
+"""Members may make other folders."""
+
 
 def closed_months(root: StoreRoot, now: float | None = None) -> list[str]:
     """YYYY-MM of which there are ledger files and which are over."""
     last = month_of((time.time() if now is None else now) - GRACE_S)
     files = store_files(root.layout, "0000-00", last, Gathered())  # what is odd is said when its month is rolled up
-    return sorted({file.month for file in files if file.month < last})
+    return sorted({file.month for file in files if file.month < last and _MONTH.fullmatch(file.month)})
 
 
 def roll_up(root: StoreRoot, month: str, on_file: Callable[[], None] = lambda: None) -> tuple[int, list[Oddity]]:
