@@ -215,9 +215,10 @@ def _decode_times(engine: Engine, requests: int) -> tuple[float, float, float]:
     From one sequence and from so many with short contexts, and from a few with long ones.
     """
     short, tokens = _short_prompt(engine), min(_DECODE_TOKENS, engine.model_config.max_positions // 4)
-    held = (engine.pages.num_usable - 1) * engine.cache_config.block_tokens
     few = min(_LONG_REQUESTS, requests)
-    long = min(_LONG_PROMPT, engine.model_config.max_positions // 2, held // few - tokens)
+    # Whole pages for each, and one more that the scheduler keeps free for each that runs.
+    held = ((engine.pages.num_usable - 1) // few - 1) * engine.cache_config.block_tokens
+    long = min(_LONG_PROMPT, engine.model_config.max_positions // 2, held - tokens)
 
     def step_s(count: int, length: int) -> float:
         prompts = _prompts(engine, count, length)

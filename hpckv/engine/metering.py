@@ -54,8 +54,8 @@ class EngineMeter:
             self._energy = self._make_energy_meter()
             file = LedgerFile(folder, self._pattern(project), make, now=self._began_at)
             self._meter = Meter(file, self.sample, patience_s=self._patience_s)
-            if self._run and not self._meter.is_broken:
-                _note_ledger(self._run, file.path)
+            if self._run:
+                _note_ledger(self._run, file.path, is_kept=not self._meter.is_broken)
 
     def close(self) -> None:
         """The last record; idempotent."""
@@ -164,13 +164,14 @@ def _group_name(gid: int | None) -> str | None:
         return str(gid)
 
 
-def _note_ledger(run: Path, path: Path) -> None:
-    """Where the next start of this run looks for what this one has recorded."""
+def _note_ledger(run: Path, path: Path, *, is_kept: bool) -> None:
+    """Where the next start of this run looks for what this one has recorded; an empty note says that it could record nothing."""
     try:
         folder = run / "logs" / "ledgers"
         folder.mkdir(parents=True, exist_ok=True)
         where, home = path.resolve(), run.resolve()
         # One in the run directory is moved with it.
-        (folder / path.stem).write_text(f"{where.relative_to(home) if where.is_relative_to(home) else where}\n")
+        place = where.relative_to(home) if where.is_relative_to(home) else where
+        (folder / path.stem).write_text(f"{place}\n" if is_kept else "")
     except OSError as error:
         warn_once(_log, f"{run}: {error.strerror}; should this start be killed, its last minute is not accounted for")

@@ -7,7 +7,6 @@ is a finding.
 from __future__ import annotations
 
 import json
-import os
 import queue
 import resource
 import shutil
@@ -20,6 +19,7 @@ from subprocess import CompletedProcess
 from hpckv.launch.doctor_disk import examine_disks
 from hpckv.launch.finding import Clock, Finding, Verdict
 from hpckv.quantity import format_bytes
+from hpckv.store.durable import umask
 
 LIMIT_S = 45.0
 """For all of it."""
@@ -56,8 +56,6 @@ mpi.Finalize()
 def examine(directory: Path, limit_s: float = LIMIT_S) -> Iterator[Finding]:
     """Every finding, in the same order always; `directory` is where a store or run is, or will be."""
     clock = Clock(limit_s)
-    umask = os.umask(0)  # before there are threads that make files
-    os.umask(umask)
     looks: dict[str, Callable[[], Iterable[Finding]]] = {
         "GPU": lambda: _torch(clock),
         "MPI": lambda: _mpi(clock),
@@ -65,7 +63,7 @@ def examine(directory: Path, limit_s: float = LIMIT_S) -> Iterator[Finding]:
         "Slurm": lambda: _slurm(clock),
         "sacct": lambda: _sacct(clock),
         "container": lambda: _container(clock),
-        "filesystem": lambda: examine_disks(directory, clock, umask),
+        "filesystem": lambda: examine_disks(directory, clock, umask()),
         "limits": _limits,
     }
     begun = [(matter, _begin(look)) for matter, look in looks.items()]

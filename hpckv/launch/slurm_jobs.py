@@ -29,6 +29,11 @@ class JobState:
     """Why it is pending, or the nodes it runs on."""
 
     @property
+    def is_unknown(self) -> bool:
+        """Whether Slurm has no word of it."""
+        return self.state == "UNKNOWN"
+
+    @property
     def is_open(self) -> bool:
         """Whether it runs or will run."""
         return self.state.startswith(_OPEN_STATES)
@@ -43,9 +48,9 @@ def job_states(jobs: Sequence[str], *, with_tasks: bool = False) -> list[JobStat
     """
     found = {state.job: state for state in _sacct(jobs, with_tasks)}
     if living := [job for job in jobs if job not in found or found[job].is_open]:
-        # Tasks that waited together may have begun by now.
-        found = {name: state for name, state in found.items() if "[" not in name}
-        found |= {state.job: state for state in _squeue(living, with_tasks)}
+        if queued := _squeue(living, with_tasks):  # tasks that waited together may have begun by now
+            found = {name: state for name, state in found.items() if "[" not in name}
+        found |= {state.job: state for state in queued}
     if away := [job for job in jobs if job in found and found[job].state.startswith(_MAY_COME_BACK)]:
         found |= {state.job: state for state in _squeue(away, with_tasks) if state.is_open}
     names = {job: [job] for job in jobs}

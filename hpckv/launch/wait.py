@@ -26,6 +26,8 @@ def wait_for_run(submitted: Submitted, answered: Callable[[int], None]) -> int:
         return _wait_here(submitted, answered)
     run_folder = submitted.prepared.script.run_folder
     ask_s, asked, said, ended = _FIRST_ASK_S, time.monotonic(), "", 0
+    over: set[_Task] = set()
+    """By Slurm's word, which it forgets."""
     while True:
         answered(count_answers(run_folder))
         tasks = _tasks(submitted)
@@ -42,7 +44,9 @@ def wait_for_run(submitted: Submitted, answered: Callable[[int], None]) -> int:
             if text != said:
                 _log.info("job %s", text)
                 said = text
-            if all(map(_is_over, states)) and _tasks(submitted) == tasks:
+            over |= {task for task, state in zip(left, states, strict=True) if _is_over(state)}
+            are_over = [_is_over(s) or (s.is_unknown and t in over) for t, s in zip(left, states, strict=True)]
+            if all(are_over) and _tasks(submitted) == tasks:
                 codes = [task.end.code for task in tasks if task.end and task.is_over]
                 return run_code(codes + [_code_of(task, state) for task, state in zip(left, states, strict=True)])
         time.sleep(_LOOK_S)
@@ -86,7 +90,7 @@ def _tasks(submitted: Submitted) -> list[_Task]:
 
 
 def _is_over(state: JobState) -> bool:
-    return not state.is_open and state.state != "UNKNOWN"
+    return not (state.is_open or state.is_unknown)
 
 
 def _code_of(task: _Task, state: JobState) -> int:

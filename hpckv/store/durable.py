@@ -27,10 +27,10 @@ def mode_for(path: Path) -> int:
     try:
         return stat.S_IMODE(path.stat().st_mode)
     except OSError:
-        return 0o666 & ~_umask()
+        return 0o666 & ~umask()
 
 
-def _umask() -> int:
+def umask() -> int:
     """Asked of the kernel: os.umask() would set it, for all threads."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next((int(line.split()[1], 8) for line in lines if line.startswith("Umask:")), 0o022)

@@ -21,7 +21,7 @@ _LARGEST_FILE = 256 * 1024**2
 """A record a minute fills it in 600 years; what is longer is no ledger."""
 CLOCKS_DIFFER_S = 86400.0
 """Most that a node's clock, which records go by, is ahead of the file server's, which says when a file was written."""
-_MOST_ODDITIES = 10
+_MOST_ODDITIES, _LONGEST = 10, 200
 """Of one file, before the rest is only counted: who writes nonsense fills nobody's screen."""
 AS_ROLLED_UP = "counted as it was rolled up"
 CHANGED = f"{AS_ROLLED_UP}: shorter, or another file, by now"
@@ -265,11 +265,17 @@ def read_file(file: LedgerPath, found: Gathered, rolled: tuple[int, str] = (0, "
         else:
             found.records.append((record, key, is_afterwards))
             latest = record.seq
-    found.oddities += odd[:_MOST_ODDITIES]
+    found.oddities += map(_legible, odd[:_MOST_ODDITIES])
     if more := odd[_MOST_ODDITIES:]:
         num_bytes = sum(oddity.num_bytes for oddity in more)
         found.oddities.append(Oddity(file.path, f"and {len(more)} more that do not count", num_bytes))
     return (verified.length, verified.last) if verified.length else None
+
+
+def _legible(oddity: Oddity) -> Oddity:
+    """What a record says may be long, and move the cursor of whoever reads it."""
+    what = "".join(sign if sign.isprintable() else "?" for sign in oddity.what[: _LONGEST + 1])
+    return Oddity(oddity.path, f"{what[:_LONGEST]}..." if len(what) > _LONGEST else what, oddity.num_bytes)
 
 
 def _goes_on(content: bytes, verified: Verified, length: int, last: str) -> bool:

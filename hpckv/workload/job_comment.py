@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
-import os
-
+from hpckv.comm.outcome import tell
 from hpckv.usage.timespec import format_elapsed
 from hpckv.workload.summary import Summary
 
@@ -22,11 +20,5 @@ def comment(summary: Summary) -> str:
 
 
 def leave_comment(line: str) -> None:
-    """Into the file that the batch script made for it, if there is one on this node; trouble with it is nobody's."""
-    if path := os.environ.get("HPCKV_COMMENT"):
-        with contextlib.suppress(OSError):
-            fd = os.open(path, os.O_WRONLY | os.O_TRUNC)
-            try:
-                os.write(fd, f"{line}\n".encode())
-            finally:
-                os.close(fd)
+    """Into the file that the batch script made for it."""
+    tell("HPCKV_COMMENT", f"{line}\n".encode)

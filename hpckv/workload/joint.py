@@ -147,7 +147,7 @@ class _JoinedRun:
         if not mark or number == 1 or self._queue.plan:
             return False
         before = self._queue.folder.with_name(str(number - 1))
-        return any((before / "workers").glob(f"{array}_*.summary.json"))
+        return any((before / "workers").glob(f"{array}_*.json"))
 
     def _agree_on_plan(self, left: Sequence[BatchLine]) -> QueuePlan:
         """The round's plan, made here if nobody has made it; raises `ConfigError` if it is another run's."""
@@ -310,7 +310,8 @@ class _JoinedRun:
 
         written: dict[str, dict[str, Any]] = {}
         while (records := everybodys()) != written:  # else one that ended meanwhile would be overwritten
-            write_file(self._directory / "summary.json", json.dumps(add_up(records), indent=2))
+            here = {name for name in records if (path.parent / name).exists()}
+            write_file(self._directory / "summary.json", json.dumps(add_up(records, here), indent=2))
             written = records
         self._summary.replicas = [own]
         leave_comment(comment(self._summary))

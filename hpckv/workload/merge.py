@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -54,13 +55,14 @@ def run_digest(config: RunConfig) -> str:
     return hasher.hexdigest()
 
 
-def add_up(records: dict[str, dict[str, Any]]) -> dict[str, Any]:
-    """Workers' counters as one run's."""
+def add_up(records: dict[str, dict[str, Any]], last: Collection[str]) -> dict[str, Any]:
+    """Workers' counters as one run's; what failed is what did in the `last` round: it was tried again there."""
     cached = Counter[str]()
     for record in records.values():
         cached.update(record["cached"])
-    names = ("requests", "failed", "prompt_tokens", "computed_tokens", "output_tokens")
+    names = ("requests", "prompt_tokens", "computed_tokens", "output_tokens")
     sums: dict[str, Any] = {name: sum(record[name] for record in records.values()) for name in names}
+    sums["failed"] = sum(records[name]["failed"] for name in last)
     sums["cached"] = dict(cached)
     sums["hit_percent"] = round(100 * cached.total() / max(1, sums["prompt_tokens"]), 2)
     return {**sums, "workers": records}

@@ -6,6 +6,7 @@ import fcntl
 import logging
 import os
 import platform
+import threading
 from contextlib import suppress
 from pathlib import Path
 
@@ -61,6 +62,8 @@ class RunLock:
                 os.close(self._fd)
                 raise CannotWriteError(f"{directory}: {holder} is running there; wait for it, or end it") from None
             _log.warning("%s: %s is lost to Slurm and not dead; this start takes over", directory, holder)
+            # It will end; from then on this start is the one that keeps others out.
+            threading.Thread(target=fcntl.flock, args=(self._fd, kind), name="hpckv-lock", daemon=True).start()
         except OSError as error:
             _log.warning(
                 "%s: no file locks here (%s); start no second run in this directory", directory, error.strerror

@@ -46,9 +46,9 @@ def account_for_lost_worker(directory: Path, part: Path) -> None:
 def _account(directory: Path, output: Path, beginning: str) -> None:
     notes = (directory / "logs" / "ledgers").glob("*")
     try:
-        ledgers = [directory / path.read_text().strip() for path in notes if path.name.startswith(beginning)]
-        if ledgers:
-            record_afterwards(ledgers, _served_in(output))
+        ledgers = [path.read_text().strip() for path in notes if path.name.startswith(beginning)]
+        if ledgers and all(ledgers):  # else nobody knows whose start the rest was
+            record_afterwards([directory / ledger for ledger in ledgers], _served_in(output))
     except (OSError, ValueError) as error:
         _log.warning("%s: the ledger may lack the last minute of an earlier start: %s", directory, error)
 

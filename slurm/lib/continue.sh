@@ -274,11 +274,11 @@ hpckv_continue() {
 }
 
 # hpckv_ask COMMAND...: whether Slurm did it; what it said is in hpckv_answer. Where its controller does not answer it is asked again, more and
-# more seldom, as long as this start has time: the signal comes two minutes before the end.
+# more seldom, until shortly before the end of this start's time, and for no more than a quarter of an hour: the node waits meanwhile.
 hpckv_ask() {
-    local pause=1 code until=$(($(date +%s) + 100))
-    if [ "${SLURM_JOB_END_TIME:-0}" -gt 0 ] && [ "$SLURM_JOB_END_TIME" -lt "$until" ]; then
-        until=$SLURM_JOB_END_TIME
+    local pause=1 code until=$(($(date +%s) + 900))
+    if [ "${SLURM_JOB_END_TIME:-0}" -gt 0 ] && [ $((SLURM_JOB_END_TIME - 10)) -lt "$until" ]; then
+        until=$((SLURM_JOB_END_TIME - 10))
     fi
     for ((hpckv_asked = 0; ; hpckv_asked++)); do
         hpckv_answer=$("$@" 2>&1)
@@ -296,7 +296,7 @@ hpckv_ask() {
         sleep "$pause" &
         wait "$!" || kill "$!" 2>/dev/null # a trap interrupts it
         [ -z "$hpckv_ended" ] || return "$code"
-        pause=$((pause * 2))
+        [ "$pause" -ge 60 ] || pause=$((pause * 2))
     done
 }
 
@@ -320,7 +320,7 @@ hpckv_requeue() {
 hpckv_find_next() {
     [ "$hpckv_asked" -gt 0 ] || return
     timeout -k 1 20 squeue -h -u "$(id -u)" -t PENDING -o '%A %o' 2>/dev/null |
-        script=$0 awk 'index($0, $1 " " ENVIRON["script"]) == 1 { print $1; found = 1; exit } END { exit !found }'
+        script=$0 awk '!found && index($0, $1 " " ENVIRON["script"]) == 1 { found = $1 } END { if (found) print found; exit !found }'
 }
 
 # Of this job only what sbatch itself is to know: its variables would pin the next one to this one's resources.

@@ -95,6 +95,11 @@ def test_tasks_of_an_array_that_wait_are_seen_and_cancelled(tmp_path):
         "running",
         [("7_0", "COMPLETED"), ("7_1", "RUNNING"), ("7_[2-5%2]", "PENDING")],
     )
+    queued = (tools / "squeue").read_text()
+    (tools / "squeue").write_text("#!/bin/sh\nexit 1\n")  # the controller is away
+    jobs = json.loads(hpckv("status", tmp_path, "--json", env=environ).stdout)["jobs"]
+    assert [(job["job"], job["state"]) for job in jobs] == [("7_0", "COMPLETED"), ("7_[1-5%2]", "PENDING")]
+    (tools / "squeue").write_text(queued)
     done = hpckv("cancel", tmp_path, env=environ)
     assert (done.returncode, done.stdout) == (69, "7_1: cancelled\n7_[2-5%2]: busy\n")
     assert (tmp_path / "cancelled").read_text().split() == ["7_1", "7"]

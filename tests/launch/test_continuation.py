@@ -115,10 +115,8 @@ def test_no_answer_to_the_end_is_said_with_what_to_do(tmp_path):
 
 def test_a_job_that_slurm_itself_has_requeued_is_requeued(tmp_path):
     one = batch(tmp_path, **{"continue": "requeue"})
-    end = 'kill "$(cat "$CALLS/script")"'  # as Slurm will
-    one.program(
-        "scontrol", f"#!/bin/bash\n(sleep 1; {end}) >&2 &\necho 'Job is pending execution for job 1' >&2; exit 1\n"
-    )
+    one.program("scontrol", "#!/bin/bash\necho 'Job is pending execution for job 1' >&2; exit 1\n")
+    one.program("sleep", '#!/bin/bash\nkill "$(cat "$CALLS/script")"\n')  # as Slurm does while the script waits for it
     done = one.start("answer; exit 75")
     assert done.returncode == -signal.SIGTERM, done.stderr
     assert last_word(one) == "75 requeue"

@@ -233,9 +233,16 @@ def test_a_container_sees_where_a_models_files_really_lie(tmp_path):
     (tmp_path / "cache" / "blob").write_bytes((MODEL / "config.json").read_bytes())
     (tmp_path / "model" / "config.json").symlink_to(tmp_path / "cache" / "blob")
     (tmp_path / "image").touch()
-    sections = {"container": {"image": "image"}, "store": {"shared": str(tmp_path / "kv" / "new"), "local": "/local/ssd"}}
+    sections = {
+        "container": {"image": "image"},
+        "store": {"shared": str(tmp_path / "kv" / "new"), "local": "/local/ssd"},
+    }
     prepared = made(tmp_path, **sections, sets=["model.path=model"])
-    assert set(prepared.script.paths) == {str(tmp_path), *(str(tmp_path / name) for name in ("model", "cache")), "/local/ssd"}
+    assert set(prepared.script.paths) == {
+        str(tmp_path),
+        *(str(tmp_path / name) for name in ("model", "cache")),
+        "/local/ssd",
+    }
 
 
 def test_no_torch_is_imported():

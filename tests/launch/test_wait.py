@@ -101,6 +101,16 @@ def test_each_task_of_an_array_is_asked_for_by_its_own_number(watched):
     assert (one.calls("sacct"), one.calls("squeue")) == (2, 1)
 
 
+def test_what_slurm_has_said_once_and_forgotten_counts(watched):
+    one = watched(array="0-1")
+    one.start("0.00001.8", "start 8 1 1 0 0", "end 8 2 75 ended")
+    one.start("1.00001.7", "start 7 1 1 0 0")
+    one.program("sacct", "exit 1")
+    finish = f"echo 'end 7 9 0 stop' >>'{one.starts}/1.00001.7'"
+    one.program("squeue", "echo '7_0|8|CANCELLED|1||n'; echo '7_1|7|RUNNING|1||n'", f"{finish}; exit 1")
+    assert done(one) == 0
+
+
 def test_of_a_job_that_was_killed_slurm_says_the_code(watched):
     one = watched()
     one.start(f"0.00001.{JOB}", "start 7 1 1 0 0")
