@@ -79,8 +79,8 @@ def test_a_node_whose_disk_is_full_and_stores_that_are_cost_no_answer(cluster: S
 
     assert f"no caches in {temporary}; the next place is tried" in said["disk"]
     assert "0B free, the model has " in said["disk"]
-    assert f"store {scratch}/hpckv-0/" in said["disk"]
-    assert said["disk"].count("No space left on device; nothing more is written to it in this run") == 1
+    assert f"{scratch}/hpckv-0/" in said["disk"]
+    assert said["disk"].count("no room for more copies; blocks are read from where they lie") == 1
     assert "tokens loaded" in said["disk"]
     assert "No space left on device" in said["store"]
     assert "nothing more is written to it in this run" in said["store"]
