@@ -6,6 +6,7 @@ here, before the first step.
 
 from __future__ import annotations
 
+import contextlib
 import statistics
 import threading
 import time
@@ -29,7 +30,7 @@ from hpckv.kvcache import CacheConfig
 from hpckv.kvcache.kv_pool import KVPool
 from hpckv.model import ModelConfig, ModelSettings, read_config
 from hpckv.model.decoder import Decoder
-from hpckv.model.stage import stage_model
+from hpckv.model.stage import staged_model
 from hpckv.store import StoreConfig, TieredStore, open_store
 
 _DIGEST_BYTES = 64
@@ -53,8 +54,11 @@ class Rank:
     ) -> None:
         """Check model, machine and store; the weights come with `load`. Raises `ModelError`, `CapabilityError`, `StoreError`."""
         self.settings, self.cache_config, self.config, self.parallel = settings, cache, engine, parallel
-        site = store.site_local if store else None
-        self.folder = stage_model(Path(settings.path), site=site) if settings.stage else Path(settings.path)
+        self._in_use = contextlib.ExitStack()
+        self.folder = Path(settings.path)
+        if settings.stage:
+            site = store.site_local if store else None
+            self.folder = self._in_use.enter_context(staged_model(self.folder, site=site))
         self.model_config: ModelConfig = read_config(self.folder)
         self.capability: Capability = probe(settings.device)
         self.dtype_name = choose_dtype(settings.dtype, self.model_config.stored_dtype, self.capability)
@@ -140,6 +144,7 @@ class Rank:
         """Seal what the store still holds open; idempotent."""
         if self.store:
             self.store.close()
+        self._in_use.close()
 
     def _least(self, value: int, what: str) -> int:
         """The least of all ranks' numbers; none goes on before all are here."""

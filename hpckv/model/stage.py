@@ -6,12 +6,13 @@ the first. Where there is no such disk, or no room, the folder itself is used: s
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import logging
 import os
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from blake3 import blake3
@@ -65,6 +66,17 @@ def stage_model(
         _log.warning("%s: %s; the model is read from where it is", error.filename or room, error.strerror)
         return folder
     return copy
+
+
+@contextlib.contextmanager
+def staged_model(folder: Path, *, site: str | None = None) -> Iterator[Path]:
+    """What `stage_model` gives, which no other process removes until the end."""
+    copy = stage_model(folder, site=site)
+    if copy == folder:
+        yield folder
+        return
+    with hold(copy, fcntl.LOCK_SH):
+        yield copy if (copy / _MARKER).exists() else folder  # another process was faster to remove it
 
 
 def _files(folder: Path) -> list[Path]:

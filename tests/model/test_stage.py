@@ -13,7 +13,7 @@ import pytest
 
 from hpckv.errors import ModelError
 from hpckv.model import stage
-from hpckv.model.stage import stage_model
+from hpckv.model.stage import stage_model, staged_model
 from tests.cli.runs import chat_lines, hpckv, texts, write_run
 
 Usage = namedtuple("Usage", "total used free")
@@ -93,8 +93,20 @@ def test_a_copy_that_another_process_is_making_is_not_removed(model, disk, monke
         assert copy.exists()
 
 
+def test_a_copy_that_is_used_is_not_removed_for_want_of_room(model, disk, monkeypatch):
+    monkeypatch.setenv("HPCKV_LOCAL", str(disk))
+    with staged_model(model) as copy:
+        assert copy.is_relative_to(disk)
+        os.utime(model / "config.json", (1, 1))
+        monkeypatch.setattr(stage.shutil, "disk_usage", lambda path: Usage(10**9, 10**9, 0))
+        assert stage_model(model, str(disk)) == model
+        assert (copy / "config.json").exists()
+    assert stage_model(model, str(disk)) == model
+    assert not copy.exists()
+
+
 def test_processes_of_a_node_make_one_copy(model, disk):
-    code = "import sys; from pathlib import Path; from hpckv.model.stage import stage_model\n"
+    code = "import sys; from pathlib import Path; from hpckv.model.stage import stage_model, staged_model\n"
     code += "print(stage_model(Path(sys.argv[1]), sys.argv[2], lambda done, total: print('copied', file=sys.stderr)))"
     command = [sys.executable, "-c", code, str(model), str(disk)]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
