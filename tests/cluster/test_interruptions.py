@@ -28,6 +28,13 @@ def wanted(tmp_path_factory, checkpoint) -> dict[str, str]:
     return texts(folder)
 
 
+def one_at_a_time(folder: Path, checkpoint, num_requests: int) -> Path:
+    """A run that takes its time."""
+    sampling = {"max_tokens": 120, "ignore_eos": True}
+    model = checkpoint("llama", tokenizer=True)
+    return write_run(folder, model, chat_lines(num_requests), sampling=sampling, engine={"max_requests": 1})
+
+
 def test_a_run_goes_on_while_the_controller_is_away(cluster: Slurm, tmp_path, checkpoint, wanted):
     run_file = long_run(tmp_path, checkpoint)
     job = sbatch(cluster, tmp_path, "single_a100.sh", run_file, flags=NO_GPU, HPCKV_RUN_DIR=str(tmp_path / "out"))
@@ -62,7 +69,7 @@ def test_a_full_filesystem_ends_the_job_with_a_word_and_the_next_start_completes
 def test_a_job_whose_node_is_lost_goes_on_elsewhere_although_the_node_still_writes(
     cluster: Slurm, tmp_path, checkpoint
 ):
-    run_file = long_run(tmp_path, checkpoint, output_tokens=1200)
+    run_file = one_at_a_time(tmp_path, checkpoint, 600)  # more than there is time for until Slurm starts it elsewhere
     job = sbatch(cluster, tmp_path, "preemptible.sh", run_file, flags=NO_GPU, HPCKV_RUN_DIR=str(tmp_path / "out"))
     before = interrupt(cluster, tmp_path, job, "true")
     node = cluster.run("squeue", "-h", "-j", job, "-o", "%N").stdout.strip()
@@ -98,13 +105,7 @@ def kill_workers(run_file: Path) -> None:
 @pytest.mark.timeout(7200)
 def test_200_interruptions_of_every_kind(cluster: Slurm, tmp_path, checkpoint):
     chance = random.Random(200)
-    run_file = write_run(
-        tmp_path,
-        checkpoint("llama", tokenizer=True),
-        chat_lines(6000),
-        sampling={"max_tokens": 120, "ignore_eos": True},
-        engine={"max_requests": 1},
-    )
+    run_file = one_at_a_time(tmp_path, checkpoint, 6000)
     out = tmp_path / "out"
     output = out / "output.jsonl"
 
