@@ -209,9 +209,9 @@ def test_what_a_killed_run_had_done_counts_once_wherever_its_files_are_by_now(tm
 
 
 def test_no_token_is_lost_with_one_of_several_that_is_killed(tmp_path, model):
-    sampling = {"max_tokens": 24, "ignore_eos": True}
+    sampling = {"max_tokens": 120, "ignore_eos": True}
     queue = {"lease_s": 3.0, "items": 16}
-    run_file = write_run(tmp_path, model, chat_lines(40), sampling=sampling, queue=queue, engine={"max_requests": 2})
+    run_file = write_run(tmp_path, model, chat_lines(40), sampling=sampling, queue=queue, engine={"max_requests": 1})
     command = [sys.executable, "-m", "hpckv.cli.main", "run", str(run_file), "--join"]
     with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as job:
         end = time.monotonic() + 120

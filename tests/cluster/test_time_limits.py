@@ -1,7 +1,8 @@
 """Jobs that Slurm itself ends: `--time=1` runs out for real.
 
 Slurm looks at limits every half minute, so a run would have to compute for longer than that. Instead each worker is stopped, as a
-suspended job's is, once it has some answers, and goes on when Slurm's signal waits for it. All jobs wait at the same time.
+suspended job's is, once it has some answers, and goes on when Slurm's signal waits for it. All jobs wait at the same time. Four
+that start at once may have no answer for a while, so the signal comes no earlier than after half of the minute.
 """
 
 import signal
@@ -51,7 +52,7 @@ def stop_in_the_middle(folder: Path, job: str) -> tuple[list[int], bytes]:
 
 
 def submit_requeued(cluster: Slurm, folder: Path, run_file: Path) -> str:
-    flags = (*A_MINUTE, "--signal=B:USR1@50")
+    flags = (*A_MINUTE, "--signal=B:USR1@30")
     return sbatch(cluster, folder, "single_a100.sh", run_file, flags=flags, HPCKV_RUN_DIR=str(folder / "out"))
 
 
@@ -63,7 +64,7 @@ def submit_chained(cluster: Slurm, folder: Path, run_file: Path) -> str:
         f'[ -n "${{hpckv_in_job:-}}" ] || export HPCKV_SITE_SH={site} SBATCH_ACCOUNT=root SBATCH_PARTITION=a100\n'
     )
     text = (TOP / "slurm" / "chain.sh").read_text()
-    asked = [*SMALL[2:-1], *A_MINUTE, "--signal=B:USR1@50", f"--output={folder}/log-%j"]
+    asked = [*SMALL[2:-1], *A_MINUTE, "--signal=B:USR1@30", f"--output={folder}/log-%j"]
     for flag in asked:
         name = flag.partition("=")[0]
         text = "".join(
@@ -84,7 +85,7 @@ def submit_by_hpckv(cluster: Slurm, folder: Path, run_file: Path) -> str:
         str(run_file),
         "--parsable",
         "--set",
-        "slurm.signal_s=50",
+        "slurm.signal_s=30",
     ]
     asked = ["-A", "root", "-p", "v100", "-c", "1", "--mem", "1500M", "-t", "1"]
     done = cluster.run(*command, *asked, env={**cluster.environ, "OMP_NUM_THREADS": "1"}, timeout=300)
