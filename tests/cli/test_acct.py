@@ -42,7 +42,7 @@ def served(*folders) -> dict[str, int]:
 
 def total(*arguments) -> dict:
     wanted = "Requests,PromptTok,OutTok,DeviceTok,HostTok,LocalTok,SharedTok,Computed"
-    done = hpckv("acct", "-a", "--json", "-o", wanted, *arguments)
+    done = hpckv("acct", "-a", "-S", "now-1day", "--json", "-o", wanted, *arguments)  # it may be midnight
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
     assert found["oddities"] == []
@@ -204,7 +204,9 @@ def test_what_a_killed_run_had_done_counts_once_wherever_its_files_are_by_now(tm
     last = hpckv("run", run_file, "--output", moved)
     assert "that had not been recorded" in last.stderr
     assert total("--run", moved) == served(moved.parent)
-    shown = json.loads(hpckv("acct", "--run", moved, "--json", "-o", "GPUTime,Elapsed").stdout)["total"]
+    shown = json.loads(hpckv("acct", "-S", "now-1day", "--run", moved, "--json", "-o", "GPUTime,Elapsed").stdout)[
+        "total"
+    ]
     assert shown["GPUTime"] <= 3600
 
 
@@ -232,7 +234,9 @@ def test_where_a_ledger_is_gone_nothing_is_counted_twice(tmp_path, model):
     before = len((tmp_path / "out" / "output.jsonl").read_bytes().splitlines())
     last = hpckv("run", run_file)
     assert (last.returncode, "not there any more" in last.stderr) == (0, True)
-    (row,) = json.loads(hpckv("acct", "--run", tmp_path / "out", "--json", "-o", "Requests").stdout)["rows"]
+    (row,) = json.loads(hpckv("acct", "-S", "now-1day", "--run", tmp_path / "out", "--json", "-o", "Requests").stdout)[
+        "rows"
+    ]
     assert 40 - before - 1 <= row["Requests"] <= 40 - before + 1
 
 
