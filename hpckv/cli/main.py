@@ -45,7 +45,7 @@ def main() -> None:
 
 
 def _say(text: str, exit_code: int) -> int:
-    sys.stderr.write("hpckv: " + " ".join(text.split()) + "\n")
+    sys.stderr.write("hpckv: " + " ".join(text.splitlines()) + "\n")
     return exit_code
 
 
@@ -55,7 +55,8 @@ def _say_usage(error: TyperException, exit_code: int) -> int:
     if text.startswith("Usage:"):
         sys.stderr.write(text + "\n")
         return exit_code
-    return _say(text.rstrip(".") + (f"; see {context.command_path} --help" if context else ""), exit_code)
+    line = " ".join(map(str.strip, text.splitlines())).rstrip(".")  # possible values stand below each other
+    return _say(line + (f"; see {context.command_path} --help" if context else ""), exit_code)
 
 
 if __name__ == "__main__":

@@ -87,6 +87,7 @@ def test_unknown_flag_and_missing_run_file(tmp_path):
     fails(hpckv("submit", "x.yaml", "-N", "many"), 64, "--nodes")
     assert hpckv("store").stderr.startswith("Usage:")
     fails(hpckv("run", tmp_path / "nowhere.yaml"), 66, "nowhere.yaml")
+    fails(hpckv("run", tmp_path / "no  where.yaml"), 66, f"{tmp_path}/no  where.yaml")  # as it is called
 
 
 def test_missing_tokenizer(checkpoint, tmp_path):

@@ -4,22 +4,39 @@ import os
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 from tests.cli.runs import chat_lines, hpckv, texts, write_run
 
+ONE_THREAD = {**os.environ, "OMP_NUM_THREADS": "1"}
+"""Two at once wait for each other's threads else."""
 
-def test_a_requeued_job_goes_on_although_its_lost_node_still_runs(tmp_path, checkpoint):
+
+def forty_requests(folder: Path, checkpoint) -> Path:
     sampling = {"max_tokens": 60, "ignore_eos": True}
     model = checkpoint("llama", tokenizer=True)
-    run_file = write_run(tmp_path, model, chat_lines(40), sampling=sampling, engine={"max_requests": 2})
-    output = tmp_path / "out" / "output.jsonl"
+    return write_run(folder, model, chat_lines(40), sampling=sampling, engine={"max_requests": 2})
+
+
+def started(run_file: Path, environ: dict[str, str]) -> subprocess.Popen:
     command = [sys.executable, "-m", "hpckv.cli.main", "run", str(run_file)]
-    environ = {**os.environ, "OMP_NUM_THREADS": "1", "SLURM_JOB_ID": "7"}
-    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environ) as lost:
+    return subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environ)
+
+
+def wait_for_answers(run_file: Path, process: subprocess.Popen) -> None:
+    """Until some are there."""
+    output = run_file.parent / "out" / "output.jsonl"
+    while not output.exists() or output.read_bytes().count(b"\n") < 3:
+        assert process.poll() is None
+        time.sleep(0.02)
+
+
+def test_a_requeued_job_goes_on_although_its_lost_node_still_runs(tmp_path, checkpoint):
+    run_file = forty_requests(tmp_path, checkpoint)
+    environ = {**ONE_THREAD, "SLURM_JOB_ID": "7"}
+    with started(run_file, environ) as lost:
         try:
-            while not output.exists() or output.read_bytes().count(b"\n") < 3:
-                assert lost.poll() is None
-                time.sleep(0.02)
+            wait_for_answers(run_file, lost)
             refused = hpckv("run", run_file, env={**environ, "SLURM_JOB_ID": "8"})
             assert refused.returncode == 73
             assert f"process {lost.pid} on " in refused.stderr
@@ -35,19 +52,12 @@ def test_a_requeued_job_goes_on_although_its_lost_node_still_runs(tmp_path, chec
 
 
 def test_two_starts_at_once_leave_every_answer_once(tmp_path, checkpoint):
-    sampling = {"max_tokens": 60, "ignore_eos": True}
-    model = checkpoint("llama", tokenizer=True)
-    run_file = write_run(tmp_path, model, chat_lines(40), sampling=sampling, engine={"max_requests": 2})
-    output = tmp_path / "out" / "output.jsonl"
-    command = [sys.executable, "-m", "hpckv.cli.main", "run", str(run_file)]
-    environ = {**os.environ, "OMP_NUM_THREADS": "1"}  # two at once wait for each other's threads else
-    zombie = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environ)
+    run_file = forty_requests(tmp_path, checkpoint)
+    zombie = started(run_file, ONE_THREAD)
     try:
-        while not output.exists() or output.read_bytes().count(b"\n") < 3:
-            assert zombie.poll() is None
-            time.sleep(0.02)
+        wait_for_answers(run_file, zombie)
         os.unlink(tmp_path / "out" / ".lock")  # as on a filesystem that has no locks, or whose server gave it back
-        done = hpckv("run", run_file, env=environ)
+        done = hpckv("run", run_file, env=ONE_THREAD)
         said = zombie.communicate(timeout=120)[1]
     finally:
         zombie.kill()
