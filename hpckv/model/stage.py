@@ -51,6 +51,10 @@ def stage_model(
         base = own_folder(room, "hpckv-models")
         files = _files(folder)
         copy = base / _name(folder, files)
+        with hold(copy, fcntl.LOCK_SH):  # those who use it hold it so, for as long as they run
+            if (copy / _MARKER).exists():
+                os.utime(copy / _MARKER)
+                return copy
         with hold(copy, fcntl.LOCK_EX):
             if not (copy / _MARKER).exists():
                 size = sum(file.stat().st_size for file in files)
@@ -71,12 +75,19 @@ def stage_model(
 @contextlib.contextmanager
 def staged_model(folder: Path, *, site: str | None = None) -> Iterator[Path]:
     """What `stage_model` gives, which no other process removes until the end."""
-    copy = stage_model(folder, site=site)
-    if copy == folder:
-        yield folder
-        return
-    with hold(copy, fcntl.LOCK_SH):
-        yield copy if (copy / _MARKER).exists() else folder  # another process was faster to remove it
+    with contextlib.ExitStack() as held:
+        copy = stage_model(folder, site=site)
+        if copy != folder:
+            try:
+                held.enter_context(hold(copy, fcntl.LOCK_SH))
+                is_there = (copy / _MARKER).exists()
+            except OSError as error:
+                _log.warning("%s: %s; the model is read from where it is", copy, error.strerror)
+                is_there = False
+            if not is_there:  # another process was faster to remove it
+                held.close()
+                copy = folder
+        yield copy
 
 
 def _files(folder: Path) -> list[Path]:

@@ -8,6 +8,7 @@ import sys
 import threading
 import time
 from collections import namedtuple
+from pathlib import Path
 
 import pytest
 
@@ -103,6 +104,35 @@ def test_a_copy_that_is_used_is_not_removed_for_want_of_room(model, disk, monkey
         assert (copy / "config.json").exists()
     assert stage_model(model, str(disk)) == model
     assert not copy.exists()
+
+
+def test_who_uses_a_copy_keeps_nobody_from_using_it(model, disk, monkeypatch):
+    monkeypatch.setenv("HPCKV_LOCAL", str(disk))
+    with staged_model(model) as copy:
+        assert stage_model(model) == copy != model
+        with staged_model(model) as again:
+            assert again == copy
+
+
+@pytest.mark.mpi
+def test_ranks_of_one_node_use_one_copy_together(model, disk, tmp_path):
+    run_file = write_run(tmp_path, model, chat_lines(3))
+    command = [
+        Path(sys.executable).parent / "mpiexec",
+        "-n",
+        "2",
+        sys.executable,
+        "-m",
+        "hpckv.cli.main",
+        "run",
+        run_file,
+    ]
+    environ = {**os.environ, "HPCKV_LOCAL": str(disk)}
+    words = [*map(str, command), "--set", "parallel.pp=2", "--set", "model.stage=true"]
+    done = subprocess.run(words, env=environ, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr
+    assert len(texts(tmp_path)) == 3
+    assert len([path for path in disk.glob("hpckv-models-*/*") if path.is_dir()]) == 1
 
 
 def test_processes_of_a_node_make_one_copy(model, disk):
